@@ -1,0 +1,1 @@
+"""What a device can do: execution backends and memory readings."""

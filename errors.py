@@ -1,0 +1,48 @@
+"""Errors that a user can meet. Each message states the value, the rule and the remedy."""
+
+from __future__ import annotations
+
+
+class IsthmusError(Exception):
+    """Base of every error that comes from outside: input, files, peers, limits."""
+
+
+class ModelError(IsthmusError):
+    """A checkpoint cannot be found, read or is of a kind that has no builder."""
+
+
+class ExportError(IsthmusError):
+    """An export cannot start or finish: options out of range, no space, output exists."""
+
+
+class BundleError(IsthmusError):
+    """A bundle is incomplete, altered, of another schema or of another export."""
+
+
+class RequestError(IsthmusError):
+    """A generation request breaks a rule: empty or too long prompt, ids or sampling out of range."""
+
+
+class CodecError(IsthmusError):
+    """Hidden states cannot be encoded, or a payload cannot be decoded."""
+
+
+class LinkError(IsthmusError):
+    """The server cannot be reached, or the link failed for good."""
+
+
+class SecurityError(LinkError):
+    """The peers could not agree on a secure channel: certificate, plaintext, trust."""
+
+
+class ProtocolError(LinkError):
+    """The peer broke the protocol or refused a message.
+
+    Args:
+        code: name of the wire's `Fault.Code`, for example ``"BAD_CRC"``.
+        message: value, rule and remedy.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code

@@ -1,0 +1,1 @@
+"""What runs: bundle reader, segment executor, KV cache, the device's loop, the server, the wire."""

@@ -1,0 +1,1 @@
+"""The device: the generate loop and the link to the server."""

@@ -1,0 +1,1 @@
+"""The server: sessions, the compute thread and the gRPC front."""
