@@ -183,3 +183,43 @@ def open_bundle(folder: str | Path, half: Half, *, verify: bool = True) -> Bundl
     if not bundle.segments():
         raise BundleError(f"{root}: this export has no {half} half (split {manifest.split} of {manifest.architecture.layers} layers)")
     return bundle
+
+
+def _check_file(path: Path, entry: FileEntry, verify: bool) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path}: missing; the bundle is incomplete, copy or export it again")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise BundleError(f"{path}: {size} bytes where the manifest says {entry.bytes}; copy or export it again")
+    if verify and sha256_file(path) != entry.sha256:
+        raise BundleError(f"{path}: its SHA-256 is not the manifest's; the file was altered, copy or export it again")
+
+
+def parse_manifest(text: bytes, origin: Path) -> Manifest:
+    """Build a manifest from JSON.
+
+    Raises:
+        BundleError: not JSON, another schema version, or fields missing or unknown.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{origin}: not JSON ({error}); copy or export the bundle again") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise BundleError(f"{origin}: schema {found!r} where this version reads {SCHEMA}; export the bundle again")
+    try:
+        return Manifest(
+            **data
+            | {
+                "source": Source(**data["source"]),
+                "architecture": Architecture(**data["architecture"]),
+                "segments": tuple(Segment(**segment) for segment in data["segments"]),
+                "kv": KVSpec(**data["kv"]),
+                "codecs": tuple(data["codecs"]),
+                "end_tokens": tuple(data["end_tokens"]),
+                "files": {half: tuple(FileEntry(**f) for f in files) for half, files in data["files"].items()},
+            }
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{origin}: {error}; not a manifest of schema {SCHEMA}, export the bundle again") from error

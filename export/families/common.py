@@ -1,0 +1,89 @@
+"""What the families share: Hugging Face's config keys and tensor names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import ModelError
+from ...runtime.bundle import Architecture
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """Checkpoint names of one layer's weights, by their role in the graph."""
+
+    input_norm: str
+    query: str
+    key: str
+    value: str
+    attention_output: str
+    post_norm: str
+    gate: str
+    up: str
+    down: str
+    qkv_biases: tuple[str, ...] = ()
+
+
+def base_architecture(
+    config: dict[str, Any], family: str, *, sliding_window: int | None, qkv_bias: bool = False
+) -> Architecture:
+    """Architecture from the config keys that Llama-like models share.
+
+    Raises:
+        ModelError: a key is missing, or asks for something that the graphs do not compute.
+    """
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ModelError(f"hidden_act={activation!r}: the builder computes silu only")
+    if config.get("mlp_bias") or (config.get("attention_bias") and not qkv_bias):
+        raise ModelError("attention_bias/mlp_bias: this family's builder has no such bias")
+    try:
+        heads = int(config["num_attention_heads"])
+        d_model = int(config["hidden_size"])
+        arch = Architecture(
+            family=family,
+            layers=int(config["num_hidden_layers"]),
+            d_model=d_model,
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or d_model // heads),
+            d_ff=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+            norm_epsilon=float(config["rms_norm_eps"]),
+            rope_theta=float(config.get("rope_theta") or 10000.0),
+            rope_scaling=config.get("rope_scaling"),
+            max_positions=int(config["max_position_embeddings"]),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            sliding_window=int(sliding_window) if sliding_window else None,
+            qkv_bias=qkv_bias,
+        )
+    except KeyError as error:
+        raise ModelError(f"the checkpoint's config has no {error.args[0]!r}; is it complete?") from error
+    if arch.head_dim % 16:
+        raise ModelError(f"head_dim={arch.head_dim}: onnxruntime's attention needs a multiple of 16 with rotary embedding")
+    if heads % arch.kv_heads:
+        raise ModelError(f"num_key_value_heads={arch.kv_heads}: must divide num_attention_heads={heads}")
+    return arch
+
+
+def layer_tensors(layer: int, *, qkv_bias: bool) -> LayerTensors:
+    """Hugging Face's names for a Llama-like layer."""
+    prefix = f"model.layers.{layer}."
+    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    return LayerTensors(
+        input_norm=f"{prefix}input_layernorm.weight",
+        query=f"{attention}q_proj.weight",
+        key=f"{attention}k_proj.weight",
+        value=f"{attention}v_proj.weight",
+        attention_output=f"{attention}o_proj.weight",
+        post_norm=f"{prefix}post_attention_layernorm.weight",
+        gate=f"{mlp}gate_proj.weight",
+        up=f"{mlp}up_proj.weight",
+        down=f"{mlp}down_proj.weight",
+        qkv_biases=tuple(f"{attention}{role}_proj.bias" for role in "qkv") if qkv_bias else (),
+    )

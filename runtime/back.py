@@ -1,0 +1,79 @@
+"""The back half of a split model: layers ``[split, L)``, the head, and the choice of the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..devices.backend import use_threads
+from .bundle import Bundle, Manifest, open_bundle
+from .sampling import Sampler, Sampling
+from .segments import Head, LayerStack, StackSession
+
+
+class BackEngine:
+    """An opened back half. Not thread-safe: one thread runs all its sessions."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.manifest: Manifest = bundle.manifest
+        self.manifest_sha256 = bundle.manifest_sha256
+        self._stack = LayerStack(bundle)
+        self._head = Head(bundle)
+
+    @classmethod
+    def open(cls, folder: str | Path, *, threads: int | None = None) -> BackEngine:
+        """Open ``OUT/server``, every file checked against the manifest.
+
+        Raises:
+            BundleError: the folder is no intact server half.
+        """
+        if threads is not None:
+            use_threads(threads)
+        return cls(open_bundle(folder, "server"))
+
+    def new_session(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = ()) -> BackSession:
+        """A session of at most ``max_tokens`` positions; ``context_ids`` feed the repetition penalty."""
+        return BackSession(self._stack.session(max_tokens), self._head, Sampler(sampling, context_ids))
+
+    @property
+    def onnxruntime_seconds(self) -> float:
+        """Time spent in onnxruntime so far, by all sessions."""
+        return self._stack.onnxruntime_seconds + self._head.onnxruntime_seconds
+
+    def kv_bytes(self, max_tokens: int) -> int:
+        """Bytes of KV cache that a session of that length takes."""
+        return self._stack.kv_bytes(max_tokens)
+
+
+class BackSession:
+    """One generation's state on the server."""
+
+    def __init__(self, stack: StackSession, head: Head, sampler: Sampler) -> None:
+        self._stack = stack
+        self._head = head
+        self._sampler = sampler
+        self._last: NDArray[np.float32] = np.empty(0, np.float32)
+
+    @property
+    def length(self) -> int:
+        """Positions in the KV cache."""
+        return self._stack.cache.length
+
+    def advance(self, hidden: NDArray[np.float32]) -> None:
+        """Run hidden states ``[tokens, d_model]`` through the back's layers."""
+        self._last = self._stack.forward(hidden)[-1]
+
+    def truncate(self, length: int) -> None:
+        """Roll back to ``length`` positions."""
+        self._stack.cache.truncate(length)
+
+    def sample(self) -> int:
+        """The token after the last advanced position."""
+        return self._sampler.sample(self._head.logits(self._last), self.length)
+
+    def close(self) -> None:
+        """Free the KV cache; the session is of no use afterwards."""
+        del self._stack

@@ -1,0 +1,173 @@
+"""The token loop on the device: embedding, front, and whatever stands behind the split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ProtocolError
+from ..sampling import Sampler, Sampling
+from ..segments import Embedding, Head, StackSession
+
+PREFILL_CHUNK = 128  # tokens; the front computes a chunk while the server computes the one before
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step behind the split cost. Times are in seconds, sizes in bytes on the stream.
+
+    Attributes:
+        token: the chosen token, if the step asked for one.
+        encode_s: codec on the device.
+        wait_s: from the frame's hand-over to the link until its result.
+        server_decode_s: codec on the server.
+        server_queue_s: waiting for the server's compute thread.
+        server_compute_s: segments and sampling on the server.
+        onnxruntime_s: of that, inside onnxruntime.
+    """
+
+    token: int | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    encode_s: float = 0.0
+    wait_s: float = 0.0
+    server_decode_s: float = 0.0
+    server_queue_s: float = 0.0
+    server_compute_s: float = 0.0
+    onnxruntime_s: float = 0.0
+
+
+class Back(Protocol):
+    """What stands behind the split: the server, or the head on the device itself."""
+
+    source: str
+    round_trips: int
+
+    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> None:
+        """Begin a session of at most ``max_tokens`` positions."""
+        ...
+
+    def chunk_limit(self) -> int:
+        """Most tokens in one step."""
+        ...
+
+    def step(self, hidden: NDArray[np.float32], position: int, *, sample: bool) -> StepReport:
+        """Take hidden states ``[tokens, d_model]`` of consecutive positions; give a token if asked for one."""
+        ...
+
+    def close(self) -> None:
+        """End the session."""
+        ...
+
+
+class LocalBack:
+    """No layers behind the split: the head runs on the device."""
+
+    source = "local"
+    round_trips = 0
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+
+    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> None:
+        """Begin a session; the front's cache bounds its length."""
+        self._sampler = Sampler(sampling, context_ids)
+
+    def chunk_limit(self) -> int:
+        """Most tokens in one step."""
+        return PREFILL_CHUNK
+
+    def step(self, hidden: NDArray[np.float32], position: int, *, sample: bool) -> StepReport:
+        """Choose the token after the last hidden state, if asked for."""
+        if not sample:
+            return StepReport()
+        started = perf_counter()
+        logits = self._head.logits(hidden[-1])
+        onnxruntime_s = perf_counter() - started
+        token = self._sampler.sample(logits, position + len(hidden))
+        return StepReport(token=token, wait_s=perf_counter() - started, onnxruntime_s=onnxruntime_s)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+        source: who decided it: ``server`` or ``local``.
+        layers: layers that its hidden state went through.
+        bytes_up: bytes sent to get it; the first token's include the prompt's.
+        front_s: seconds in the device's embedding and layers.
+        front_onnxruntime_s: of that, inside onnxruntime.
+        total_s: seconds from the step's begin to the token.
+    """
+
+    id: int
+    source: str
+    layers: int
+    bytes_up: int
+    bytes_down: int
+    front_s: float = field(compare=False)
+    front_onnxruntime_s: float = field(compare=False)
+    total_s: float = field(compare=False)
+    report: StepReport = field(compare=False)
+
+
+def generate_tokens(
+    embedding: Embedding,
+    front: StackSession,
+    back: Back,
+    prompt_ids: Sequence[int],
+    *,
+    layers: int,
+    max_new_tokens: int,
+    end_tokens: Sequence[int],
+) -> Iterator[Token]:
+    """Prefill the prompt in chunks, then yield tokens until an end token (yielded too) or ``max_new_tokens``.
+
+    The back's session is open; the caller closes it.
+    """
+    pending = list(prompt_ids)
+    for _ in range(max_new_tokens):
+        token = _step(embedding, front, back, pending, layers)
+        yield token
+        if token.id in end_tokens:
+            return
+        pending = [token.id]
+
+
+def _step(embedding: Embedding, front: StackSession, back: Back, ids: Sequence[int], layers: int) -> Token:
+    """Run ids through front and back, in chunks, and take the token after the last."""
+    started = perf_counter()
+    chunk = min(back.chunk_limit(), PREFILL_CHUNK)
+    bytes_up = bytes_down = 0
+    front_s = onnxruntime_s = 0.0
+    for first in range(0, len(ids), chunk):
+        begun, busy = perf_counter(), front.onnxruntime_seconds
+        position = front.cache.length
+        hidden = front.forward(embedding.rows(ids[first : first + chunk]))
+        front_s += perf_counter() - begun
+        onnxruntime_s += front.onnxruntime_seconds - busy
+        report = back.step(hidden, position, sample=first + chunk >= len(ids))
+        bytes_up += report.bytes_up
+        bytes_down += report.bytes_down
+    if report.token is None:
+        raise ProtocolError("BAD_RESULT", "the step asked for a token and its result holds none")
+    return Token(
+        id=report.token,
+        source=back.source,
+        layers=layers,
+        bytes_up=bytes_up,
+        bytes_down=bytes_down,
+        front_s=front_s,
+        front_onnxruntime_s=onnxruntime_s,
+        total_s=perf_counter() - started,
+        report=report,
+    )

@@ -1,0 +1,337 @@
+"""The device runtime's public face: open a bundle, generate text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...devices.backend import use_threads
+from ...errors import RequestError
+from ...quant.codec import make_codec
+from ..bundle import open_bundle
+from ..sampling import Sampling
+from ..segments import Embedding, Head, LayerStack
+from ..text import Detokenizer, StopStrings, Tokenizer
+from ..wire.security import ChannelSecurity
+from .generate import PREFILL_CHUNK, Back, LocalBack, Token, generate_tokens
+from .link import RemoteBack
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished generation.
+
+    Attributes:
+        finish_reason: ``stop`` (an end token or a stop string), ``length`` (max_new_tokens or the context),
+            or ``interrupted``.
+        ttft_ms: from the call to the first token, prompt included.
+        decode_tokens_per_s: of the tokens after the first.
+        bytes_up: bytes sent, prompt included.
+        codec: what the hidden states were sent in; ``none`` if the device runs the whole model.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    ttft_ms: float
+    decode_tokens_per_s: float
+    bytes_up: int
+    bytes_down: int
+    round_trips: int
+    codec: str
+    tokens: list[Token] = field(repr=False)
+
+    @property
+    def new_tokens(self) -> int:
+        """Generated tokens, the end token included."""
+        return len(self.token_ids)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that ``isthmus generate --json`` prints."""
+        result = asdict(self) | {"new_tokens": self.new_tokens}
+        result["tokens"] = [
+            {"id": t.id, "source": t.source, "layers": t.layers, "bytes_up": t.bytes_up} for t in self.tokens
+        ]
+        return result
+
+
+class TextStream:
+    """Text pieces of a running generation; ends it when closed. `result` tells what came of it.
+
+    Use it as an iterator, and as a context manager if it may be left early.
+    """
+
+    def __init__(
+        self,
+        tokens: Iterator[Token],
+        back: Back,
+        tokenizer: Tokenizer,
+        stop: StopStrings,
+        *,
+        codec: str,
+        prompt_tokens: int,
+        started: float,
+    ) -> None:
+        self._tokens = tokens
+        self._back = back
+        self._end_tokens = tokenizer.end_tokens
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = stop
+        self._codec = codec
+        self._prompt_tokens = prompt_tokens
+        self._started = started
+        self._arrivals: list[float] = []
+        self._text: list[str] = []
+        self._done: list[Token] = []
+        self._finish_reason = "interrupted"
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield text as it becomes certain; a character is never split."""
+        try:
+            for piece in self._pieces():
+                if piece:
+                    self._text.append(piece)
+                    yield piece
+        finally:
+            self.close()
+
+    def _pieces(self) -> Iterator[str]:
+        for token in self._tokens:
+            self._arrivals.append(perf_counter())
+            self._done.append(token)
+            if token.id in self._end_tokens:
+                self._finish_reason = "stop"
+                break
+            piece, stopped = self._stop.push(self._detokenizer.push(token.id))
+            yield piece
+            if stopped:
+                self._finish_reason = "stop"
+                return
+        else:
+            self._finish_reason = "length"
+        piece, stopped = self._stop.push(self._detokenizer.finish())
+        yield piece
+        if not stopped:
+            yield self._stop.finish()
+
+    def close(self) -> None:
+        """End the session, here and on the server. Safe to call twice."""
+        self._back.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def result(self) -> Generation:
+        """What was generated so far."""
+        first, last = (self._arrivals[0], self._arrivals[-1]) if self._arrivals else (self._started, self._started)
+        return Generation(
+            text="".join(self._text),
+            token_ids=[token.id for token in self._done],
+            prompt_tokens=self._prompt_tokens,
+            finish_reason=self._finish_reason,
+            ttft_ms=(first - self._started) * 1e3,
+            decode_tokens_per_s=(len(self._done) - 1) / (last - first) if last > first else 0.0,
+            bytes_up=sum(token.bytes_up for token in self._done),
+            bytes_down=sum(token.bytes_down for token in self._done),
+            round_trips=self._back.round_trips,
+            codec=self._codec,
+            tokens=self._done,
+        )
+
+
+class EdgeModel:
+    """A bundle's device half, opened, with its server's address if the model is split.
+
+    One generation runs at a time. For example::
+
+        model = EdgeModel.open("out/device", server="127.0.0.1:7070", tls_ca="cert.pem")
+        for piece in model.stream("Once upon a time", max_new_tokens=64):
+            print(piece, end="", flush=True)
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        server: str | None = None,
+        security: ChannelSecurity | None = None,
+        codec: str = "tabq",
+        codec_options: Mapping[str, Any] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Open ``OUT/device``; nothing is sent before the first generation.
+
+        Args:
+            folder: the device half of a bundle.
+            server: ``HOST:PORT`` of the server half; needed exactly if the bundle is split.
+            security: how to reach the server; by default TLS with the system's authorities.
+            codec: what hidden states are sent in: ``raw32``, ``raw16`` or ``tabq``.
+            codec_options: options of that codec, for example ``{"tolerance": 0.05}``.
+            threads: size of the process's thread pool, fixed by the first model that it opens.
+
+        Raises:
+            BundleError: the folder is no intact device half.
+            RequestError: a server is missing or not needed.
+        """
+        if threads is not None:
+            use_threads(threads)
+        bundle = open_bundle(folder, "device")
+        self.manifest = manifest = bundle.manifest
+        if manifest.device_only == bool(server):
+            raise RequestError(
+                f"server={server!r}: this bundle runs wholly on the device; leave the server out"
+                if server
+                else f"no server given: layers {manifest.split}–{manifest.architecture.layers - 1} of this bundle run "
+                "on one; start `isthmus serve` and give its address"
+            )
+        self._codec = make_codec(codec, **(codec_options or {}))
+        self._server, self._security = server, security or ChannelSecurity()
+        self._manifest_sha256 = bundle.manifest_sha256
+        self.tokenizer = Tokenizer.from_file(
+            bundle.path("tokenizer.json"), manifest.chat_template, manifest.special_tokens, manifest.end_tokens
+        )
+        self._embedding = Embedding(bundle)
+        self._stack = LayerStack(bundle)
+        self._head = Head(bundle) if manifest.device_only else None
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        server: str | None = None,
+        tls_ca: str | Path | None = None,
+        insecure: bool = False,
+        codec: str = "tabq",
+        threads: int | None = None,
+    ) -> EdgeModel:
+        """Open ``OUT/device`` with the options that most apps need; see the class for the rest."""
+        security = ChannelSecurity(ca_file=Path(tls_ca) if tls_ca else None, insecure=insecure)
+        return cls(folder, server=server, security=security, codec=codec, threads=threads)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, str]],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> TextStream:
+        """Begin a generation and return its text as a stream.
+
+        Args:
+            prompt: a text, token ids, or chat messages ``{"role": …, "content": …}``.
+            max_new_tokens: at most that many tokens; the bundle's context may end it sooner.
+            sampling: greedy by default.
+            stop: strings that end the text and are not part of it.
+
+        Raises:
+            RequestError: the prompt is empty, too long or holds ids outside the vocabulary.
+            LinkError: the server cannot be reached or refuses the session.
+        """
+        started = perf_counter()
+        sampling = sampling or Sampling()
+        stop_strings = StopStrings(stop)
+        ids = self.prompt_ids(prompt)
+        if max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        max_new_tokens = min(max_new_tokens, self.manifest.max_length - len(ids))
+        capacity = len(ids) + max_new_tokens
+        back = self._back()
+        back.open(capacity, sampling, ids if sampling.repetition_penalty != 1.0 else ())
+        tokens = generate_tokens(
+            self._embedding,
+            self._stack.session(capacity),
+            back,
+            ids,
+            layers=self.manifest.architecture.layers,
+            max_new_tokens=max_new_tokens,
+            end_tokens=self.manifest.end_tokens,
+        )
+        return TextStream(
+            tokens,
+            back,
+            self.tokenizer,
+            stop_strings,
+            codec=self._codec.name if self._server else "none",
+            prompt_tokens=len(ids),
+            started=started,
+        )
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, str]],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Generate to the end; see `stream` for arguments and errors."""
+        stream = self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def prompt_ids(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a prompt in any of its forms, checked against the context and the vocabulary.
+
+        Raises:
+            RequestError: empty, longer than the context, or ids outside the vocabulary.
+        """
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        elif prompt and isinstance(prompt[0], Mapping):
+            ids = self.tokenizer.encode_chat(prompt)
+        else:
+            ids = [int(token) for token in prompt]
+        vocabulary = self.manifest.architecture.vocab_size
+        if not ids:
+            raise RequestError("the prompt is empty: give at least one token")
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                raise RequestError(f"token id {token}: must lie between 0 and {vocabulary - 1}")
+        if len(ids) >= self.manifest.max_length:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens: this bundle's context holds {self.manifest.max_length}, new "
+                "tokens included; shorten it or export with a larger --max-length"
+            )
+        return ids
+
+    def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits ``[tokens, vocab_size]`` after each position of a text; the whole model must be on the device.
+
+        Raises:
+            RequestError: the bundle is split, or the ids do not fit.
+        """
+        if self._head is None:
+            raise RequestError("score needs the whole model on the device: export with `--split all`")
+        ids = self.prompt_ids(token_ids)
+        front = self._stack.session(len(ids))
+        chunks = [
+            self._head.logits_many(front.forward(self._embedding.rows(ids[first : first + PREFILL_CHUNK])))
+            for first in range(0, len(ids), PREFILL_CHUNK)
+        ]
+        return np.concatenate(chunks)
+
+    def _back(self) -> Back:
+        if self._head is not None:
+            return LocalBack(self._head)
+        return RemoteBack(
+            self._server,
+            manifest_sha256=self._manifest_sha256,
+            split=self.manifest.split,
+            d_model=self.manifest.architecture.d_model,
+            codec=self._codec,
+            security=self._security,
+        )

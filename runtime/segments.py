@@ -1,0 +1,222 @@
+"""Opened segments: embedding rows, stacks of layers over a KV cache, the head.
+
+Memory is bound once. A stack keeps input and output buffers for each chunk length it has met, the KV cache is
+preallocated and updated in place, and rolling back is a smaller length.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ..devices.backend import Graph
+from ..errors import RequestError
+from ..quant.nbits import PACKED_BITS, unpack
+from .bundle import Bundle, KVSpec
+
+MAX_LANES = 8  # chunk lengths whose buffers are kept: one token, the prefill chunk, its remainder, drafts
+
+
+class Embedding:
+    """Rows of the embedding table, dequantized one by one from the memory-mapped file."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        segment = bundle.segments("embed")[0]
+        arch = bundle.manifest.architecture
+        self._bits, self._block_size = segment.bits, segment.block_size
+        self._vocab_size = arch.vocab_size
+        path = bundle.path(segment.data_file)
+        if segment.bits in PACKED_BITS:
+            blocks = -(-arch.d_model // segment.block_size)
+            shape = (arch.vocab_size, blocks, segment.block_size * segment.bits // 8)
+            self._rows = np.memmap(path, np.uint8, "r", segment.codes_offset, shape)
+            self._scales = np.memmap(path, np.float32, "r", segment.scales_offset, shape[:2])
+        else:
+            dtype = np.float16 if segment.bits == 16 else np.float32
+            self._rows = np.memmap(path, dtype, "r", segment.codes_offset, (arch.vocab_size, arch.d_model))
+        self._d_model = arch.d_model
+
+    def rows(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Hidden states ``[tokens, d_model]`` float32 before the first layer.
+
+        Raises:
+            RequestError: an id outside the vocabulary.
+        """
+        ids = np.asarray(token_ids, np.int64)
+        outside = ids[(ids < 0) | (ids >= self._vocab_size)]
+        if outside.size:
+            raise RequestError(f"token id {outside[0]}: must lie between 0 and {self._vocab_size - 1}")
+        if self._bits not in PACKED_BITS:
+            return self._rows[ids].astype(np.float32)
+        codes = unpack(self._rows[ids], self._bits).astype(np.float32) - (1 << (self._bits - 1))
+        return (codes * self._scales[ids][..., None]).reshape(len(ids), -1)[:, : self._d_model]
+
+
+class KVCache:
+    """Keys and values of consecutive layers for one session.
+
+    Attributes:
+        length: valid positions; the rows beyond are ignored, so that lowering it rolls back.
+        capacity: positions that fit.
+    """
+
+    def __init__(self, layers: range, spec: KVSpec, capacity: int) -> None:
+        self.length = 0
+        self.capacity = capacity
+        self.layers = layers
+        shape = (1, spec.kv_heads, capacity + spec.spare_rows, spec.head_dim)
+        # calloc: pages that no position has reached yet take no memory.
+        self._arrays = {(side, layer): np.zeros(shape, np.float32) for layer in layers for side in ("key", "value")}
+        self.values = {key: ort.OrtValue.ortvalue_from_numpy(array) for key, array in self._arrays.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at full length."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def truncate(self, length: int) -> None:
+        """Forget the positions from ``length`` on."""
+        if not 0 <= length <= self.length:
+            raise RequestError(f"roll back to {length}: must lie between 0 and {self.length}")
+        self.length = length
+
+    @staticmethod
+    def bytes_for(layers: int, spec: KVSpec, capacity: int) -> int:
+        """Bytes that a cache of that many layers would take at full length."""
+        return 2 * layers * spec.kv_heads * (capacity + spec.spare_rows) * spec.head_dim * 4
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """Buffers and bindings for one chunk length."""
+
+    hidden_in: NDArray[np.float32]
+    hidden_out: NDArray[np.float32]
+    runs: list[tuple[Graph, ort.IOBinding]]
+
+
+class LayerStack:
+    """The blocks of one bundle half, opened once and shared by its sessions."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.manifest = bundle.manifest
+        self.blocks = [(segment, Graph(bundle.path(segment.graph_file))) for segment in bundle.segments("block")]
+        segments = [segment for segment, _ in self.blocks]
+        self.layers = range(segments[0].first_layer, segments[-1].last_layer) if segments else range(0)
+
+    def session(self, capacity: int) -> StackSession:
+        """A session of at most ``capacity`` positions, its KV cache allocated."""
+        return StackSession(self, KVCache(self.layers, self.manifest.kv, capacity))
+
+    @property
+    def onnxruntime_seconds(self) -> float:
+        """Time spent in onnxruntime so far, by all sessions."""
+        return sum(graph.seconds for _, graph in self.blocks)
+
+    def kv_bytes(self, capacity: int) -> int:
+        """Bytes of KV cache that a session of that capacity takes."""
+        return KVCache.bytes_for(len(self.layers), self.manifest.kv, capacity)
+
+
+class StackSession:
+    """One session's run through a stack of layers."""
+
+    def __init__(self, stack: LayerStack, cache: KVCache) -> None:
+        self.cache = cache
+        self._stack = stack
+        self._seqlens = np.zeros(1, np.int32)
+        self._total = np.zeros((), np.int32)
+        self._seqlens_value = ort.OrtValue.ortvalue_from_numpy(self._seqlens)
+        self._total_value = ort.OrtValue.ortvalue_from_numpy(self._total)
+        self._lanes: OrderedDict[int, _Lane] = OrderedDict()
+
+    @property
+    def onnxruntime_seconds(self) -> float:
+        """Time that the stack spent in onnxruntime so far, by all sessions."""
+        return self._stack.onnxruntime_seconds
+
+    def forward(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run hidden states ``[tokens, d_model]`` through the layers and append them to the KV cache.
+
+        Returns:
+            Hidden states ``[tokens, d_model]``: a buffer that the next call of the same length overwrites.
+
+        Raises:
+            RequestError: they do not fit into the cache.
+        """
+        tokens = hidden.shape[0]
+        cache = self.cache
+        if cache.length + tokens > cache.capacity:
+            raise RequestError(
+                f"{cache.length} positions and {tokens} more: this session was opened for {cache.capacity}"
+            )
+        lane = self._lane(tokens)
+        lane.hidden_in[0] = hidden
+        # Both count the graph's dummy row: one more than the valid positions.
+        self._seqlens[0] = cache.length + tokens
+        self._total[...] = cache.length + tokens + 1
+        for graph, binding in lane.runs:
+            graph.run_bound(binding)
+        cache.length += tokens
+        return lane.hidden_out[0]
+
+    def _lane(self, tokens: int) -> _Lane:
+        lane = self._lanes.get(tokens)
+        if lane is None:
+            lane = self._lanes[tokens] = self._bind(tokens)
+            if len(self._lanes) > MAX_LANES:
+                self._lanes.popitem(last=False)
+        self._lanes.move_to_end(tokens)
+        return lane
+
+    def _bind(self, tokens: int) -> _Lane:
+        shape = (1, tokens, self._stack.manifest.architecture.d_model)
+        buffers = [np.zeros(shape, np.float32) for _ in range(2)]
+        values = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in buffers]
+        runs = []
+        for index, (segment, graph) in enumerate(self._stack.blocks):
+            binding = graph.binding()
+            binding.bind_ortvalue_input("hidden", values[index % 2])
+            binding.bind_ortvalue_output("hidden_out", values[(index + 1) % 2])
+            binding.bind_ortvalue_input("seqlens_k", self._seqlens_value)
+            binding.bind_ortvalue_input("total_sequence_length", self._total_value)
+            for layer in range(segment.first_layer, segment.last_layer):
+                for side in ("key", "value"):
+                    value = self.cache.values[side, layer]
+                    binding.bind_ortvalue_input(f"past_{side}.{layer}", value)
+                    binding.bind_ortvalue_output(f"present_{side}.{layer}", value)
+            runs.append((graph, binding))
+        return _Lane(buffers[0], buffers[len(runs) % 2], runs)
+
+
+class Head:
+    """Final norm and vocabulary: hidden states to logits."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        arch = bundle.manifest.architecture
+        self._graph = Graph(bundle.path(bundle.segments("head")[0].graph_file))
+        self._hidden = np.zeros((1, 1, arch.d_model), np.float32)
+        self._logits = np.zeros((1, 1, arch.vocab_size), np.float32)
+        self._binding = self._graph.binding()
+        self._binding.bind_ortvalue_input("hidden", ort.OrtValue.ortvalue_from_numpy(self._hidden))
+        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
+
+    @property
+    def onnxruntime_seconds(self) -> float:
+        """Time spent in onnxruntime so far."""
+        return self._graph.seconds
+
+    def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits ``[vocab_size]`` of one hidden state ``[d_model]``: a buffer that the next call overwrites."""
+        self._hidden[0, 0] = hidden
+        self._graph.run_bound(self._binding)
+        return self._logits[0, 0]
+
+    def logits_many(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits ``[tokens, vocab_size]`` of hidden states ``[tokens, d_model]``, for scoring text."""
+        return self._graph.run({"hidden": np.ascontiguousarray(hidden[None])}, "logits")[0]
