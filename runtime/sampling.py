@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
-from ..errors import RequestError
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BundleError, RequestError
+from ..quant.noise import gumbel
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Choice of the next token. ``temperature=0`` is greedy; the other filters apply when it is positive.
+    """Choice of the next token.
 
-    ``top_k=0``, ``top_p=1``, ``min_p=0`` and ``repetition_penalty=1`` switch a filter off.
+    ``temperature=0`` is greedy: of the filters, only the repetition penalty applies to it. ``top_k=0``,
+    ``top_p=1``, ``min_p=0`` and ``repetition_penalty=1`` switch a filter off.
+
+    Raises:
+        RequestError: a value is no number, or out of its bounds.
     """
 
     temperature: float = 0.0
@@ -32,5 +42,117 @@ class Sampling:
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
-            if not low <= value <= high:
-                raise RequestError(f"{name}={value}: must lie between {low} and {high}")
+            kind, kind_name = (Integral, "an integer") if isinstance(low, int) else (Real, "a number")
+            is_kind = isinstance(value, kind)
+            if not is_kind or not low <= value <= high:
+                raise RequestError(f"{name}={value!r}: must be {kind_name} between {low} and {high}")
+
+
+class Sampler:
+    """Chooses the tokens of one generation.
+
+    The filters and their order are those of Hugging Face transformers: repetition penalty (CTRL, Keskar et
+    al. 2019, section 4.1, over every token of context and generation), temperature, top-k, top-p, min-p;
+    each renormalises what the one before it left. Unlike there, tokens as likely as the last one that top-p
+    keeps are kept too, as top-k does: the kept set does not depend on the order of equal logits.
+
+    The token is then ``argmax(logits / temperature + noise)`` over the kept tokens, with the noise of
+    `isthmus.quant.noise.gumbel`: an exact sample, which depends on nothing but the seed, the position, the
+    logits and the history. Equal scores go to the lowest id.
+
+    Args:
+        sampling: the request's choice.
+        context_ids: the prompt. Only the repetition penalty reads it; without one it may stay empty.
+    """
+
+    def __init__(self, sampling: Sampling, context_ids: Sequence[int] = ()) -> None:
+        # The wire carries these as float32; the device must choose as the server does.
+        self._temperature = float(np.float32(sampling.temperature))
+        self._top_p = float(np.float32(sampling.top_p))
+        self._min_p = float(np.float32(sampling.min_p))
+        self._penalty = float(np.float32(sampling.repetition_penalty))
+        self._top_k = int(sampling.top_k)
+        self._seed = int(sampling.seed)
+        self._context_length = len(context_ids)
+        self._history = list(context_ids)
+
+    @property
+    def generated(self) -> int:
+        """Number of accepted tokens."""
+        return len(self._history) - self._context_length
+
+    def sample(self, logits: NDArray[np.float32], position: int) -> int:
+        """Choose the token at a position; the history stays as it is until `accept`.
+
+        Args:
+            logits: ``[vocab_size]``, left unchanged.
+            position: of the token to be chosen: the number of tokens before it, prompt included.
+
+        Raises:
+            BundleError: the logits hold NaN or infinity.
+            RequestError: a token of the history lies outside the vocabulary.
+        """
+        if not np.isfinite(logits).all():
+            raise BundleError(
+                f"logits at position {position} hold NaN or infinity: all must be finite; "
+                "the weights are damaged or their precision is too low: check or repeat the export"
+            )
+        scores: NDArray[np.floating] = logits
+        if self._penalty != 1.0 and self._history:
+            scores = self._penalise(logits)
+        if self._temperature == 0.0:
+            return int(scores.argmax())
+        scores = scores.astype(np.float64) / self._temperature
+        kept = self._filter(scores)
+        return int(kept[(scores[kept] + gumbel(self._seed, position, kept)).argmax()])
+
+    def accept(self, token: int) -> None:
+        """Append a token to the history: the one sampled here, or the one that the server chose."""
+        self._history.append(token)
+
+    def rollback(self, generated: int) -> None:
+        """Forget all but the first ``generated`` accepted tokens.
+
+        Raises:
+            RequestError: fewer than ``generated`` tokens were accepted.
+        """
+        if not 0 <= generated <= self.generated:
+            raise RequestError(f"rollback to {generated} generated tokens: there are {self.generated}")
+        del self._history[self._context_length + generated :]
+
+    def _penalise(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+        ids = np.array(self._history, np.int64)
+        if ids.min() < 0 or ids.max() >= logits.size:
+            raise RequestError(
+                f"token ids from {ids.min()} to {ids.max()} in the history: must lie in [0, {logits.size})"
+            )
+        scores = logits.astype(np.float64)
+        seen = scores[ids]
+        # A repeated id writes the same value again.
+        scores[ids] = np.where(seen < 0, seen * self._penalty, seen / self._penalty)
+        return scores
+
+    def _filter(self, scores: NDArray[np.float64]) -> NDArray[np.intp]:
+        """Ids that pass top-k, top-p and min-p, ascending."""
+        kept: NDArray[np.intp] = np.arange(scores.size)
+        if 0 < self._top_k < scores.size:
+            kept = np.flatnonzero(scores >= np.partition(scores, -self._top_k)[-self._top_k])
+        if self._top_p == 1.0 and self._min_p == 0.0:
+            return kept
+        weights = np.exp(scores[kept] - scores.max())
+        lowest = self._min_p  # the greatest weight is 1
+        if self._top_p < 1.0:
+            lowest = max(lowest, _nucleus_threshold(weights, self._top_p))
+        kept = kept[weights >= lowest]
+        return kept
+
+
+def _nucleus_threshold(weights: NDArray[np.float64], top_p: float) -> float:
+    """Least weight in the smallest set of greatest weights whose share of the sum reaches ``top_p``."""
+    total = weights.sum()
+    # Weights below this make up less than 1 - top_p together, so none of them is in the set: most of the
+    # vocabulary need not be sorted.
+    bound = (1.0 - top_p) * total / weights.size
+    descending = np.sort(weights[weights >= bound])[::-1]
+    last = int(np.searchsorted(np.cumsum(descending), top_p * total))
+    return float(descending[min(last, descending.size - 1)])
