@@ -69,7 +69,12 @@ class SegmentBuilder:
         return self.writer.node("Add", [product, self.writer.weight(f"{name}.bias", bias)], output=output)
 
     def _packed_linear(
-        self, hidden: str, name: str, packed: PackedWeight, bias: NDArray[np.float32] | None, output: str | None
+        self,
+        hidden: str,
+        name: str,
+        packed: PackedWeight,
+        bias: NDArray[np.float32] | None,
+        output: str | None,
     ) -> str:
         inputs = [
             hidden,
@@ -199,9 +204,7 @@ def _attention(builder: SegmentBuilder, layer: int, qkv: str) -> str:
     return builder.drop_last_row(attended) if builder.packed else attended
 
 
-def build_head(
-    builder: SegmentBuilder, norm: NDArray[np.float32], weight: NDArray[np.float32]
-) -> None:
+def build_head(builder: SegmentBuilder, norm: NDArray[np.float32], weight: NDArray[np.float32]) -> None:
     """Write the graph of the final norm and the vocabulary: ``hidden`` -> ``logits`` ``[1, tokens, vocab_size]``."""
     writer, arch = builder.writer, builder.arch
     hidden = writer.input("hidden", [1, "tokens", arch.d_model])

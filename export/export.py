@@ -32,7 +32,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .families import family_of
 from .segments import Progress, SegmentWriter
 from .sources import resolve_model
-from .validate import Validator, validation_text
+from .validate import FloatModel, Validator, validation_text
 
 DEFAULT_MAX_LENGTH = 2048
 VALIDATION_TOKENS = 512
@@ -51,6 +51,7 @@ def export_bundle(
     layers_per_block: int = 5,
     max_length: int | None = None,
     compare_transformers: bool = False,
+    cache: str | Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
     """Quantize a checkpoint, cut it at ``split`` and write the bundle ``out``.
@@ -67,6 +68,7 @@ def export_bundle(
         layers_per_block: most layers in one ONNX file.
         max_length: most positions of a session; by default 2048 or the model's own limit if that is lower.
         compare_transformers: also validate against transformers' own model (needs torch and transformers).
+        cache: where downloaded models are kept; by default the user's cache folder.
         progress: called with what is being done, steps done and steps in all.
 
     Returns:
@@ -96,7 +98,9 @@ def export_bundle(
         raise ExportError(f"layers_per_block={layers_per_block}: must be at least 1")
     max_length = min(DEFAULT_MAX_LENGTH, arch.max_positions) if max_length is None else max_length
     if not 2 <= max_length <= arch.max_positions:
-        raise ExportError(f"max_length={max_length}: must lie between 2 and {arch.max_positions}, the model's positions")
+        raise ExportError(
+            f"max_length={max_length}: must lie between 2 and {arch.max_positions}, the model's positions"
+        )
 
     def build(root: Path) -> Manifest:
         writer = SegmentWriter(root, checkpoint, family, arch, recipe, layers_per_block, max_length)
@@ -109,7 +113,8 @@ def export_bundle(
             from .transformers_reference import transformers_logits
 
             outside = transformers_logits(checkpoint, ids)
-        report = Validator(root, checkpoint, family, arch, recipe).report(segments, ids, progress, outside)
+        validator = Validator(root, FloatModel(checkpoint, family, arch, root), recipe)
+        report = validator.report(segments, ids, progress, outside)
         manifest = replace(manifest, validation=report)
         for half in manifest.files:
             (root / half / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -119,7 +124,12 @@ def export_bundle(
 
 
 def _manifest(
-    root: Path, checkpoint: Checkpoint, arch: Architecture, recipe: Recipe, segments: list[Segment], max_length: int
+    root: Path,
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    recipe: Recipe,
+    segments: list[Segment],
+    max_length: int,
 ) -> Manifest:
     """Write the tokenizer and describe everything below ``root``; the validation report is still empty."""
     tokenizer = checkpoint.tokenizer()
@@ -162,7 +172,9 @@ def _staged(out: Path, build: Callable[[Path], Manifest]) -> Manifest:
         staging.rename(out)
         return manifest
     except OSError as error:
-        raise ExportError(f"{out}: {error.strerror or error}; nothing was kept, free space or choose another folder") from error
+        raise ExportError(
+            f"{out}: {error.strerror or error}; nothing was kept, free space or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +18,9 @@ from ..errors import ExportError
 from ..quant.nbits import PACKED_BITS, dequantize, quantize_rtn
 from ..quant.opsc import Recipe
 from ..runtime.bundle import Architecture, Segment
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .decoder import SegmentBuilder, build_block, build_head
+from .families import family_of
 from .families.common import EMBEDDING, FINAL_NORM, HEAD
 from .graph import GraphWriter
 from .segments import Progress
@@ -35,13 +37,71 @@ def validation_text() -> str:
 
 
 @dataclass(frozen=True)
-class Validator:
-    """Runs a staged bundle beside the float model, layer by layer; one float layer is on disk at a time."""
+class FloatModel:
+    """The unsplit model in float32, run layer by layer; one layer's graph is on disk at a time.
 
-    root: Path
+    Args:
+        scratch: folder for that graph.
+    """
+
     checkpoint: Checkpoint
     family: ModuleType
     arch: Architecture
+    scratch: Path
+
+    def embed(self, ids: Sequence[int]) -> Hidden:
+        """Hidden states ``[tokens, d_model]`` before the first layer."""
+        return self.checkpoint.tensor(EMBEDDING)[list(ids)]
+
+    def layer(self, index: int, hidden: Hidden) -> Hidden:
+        """One layer over a whole text."""
+        with self._builder() as builder:
+            names = {index: self.family.tensors(self.arch, index)}
+            build_block(builder, self.checkpoint.tensor, names, len(hidden))
+            return run_block(Graph(builder.writer.graph_path), range(index, index + 1), self.arch, hidden)
+
+    def logits(self, hidden: Hidden) -> Iterator[tuple[slice, Hidden]]:
+        """Logits of a few tokens at a time, with the rows that they belong to."""
+        with self._builder() as builder:
+            weight = EMBEDDING if self.arch.tied_embeddings else HEAD
+            build_head(builder, self.checkpoint.tensor(FINAL_NORM), self.checkpoint.tensor(weight))
+            graph = Graph(builder.writer.graph_path)
+            for first in range(0, len(hidden), HEAD_ROWS):
+                rows = slice(first, first + HEAD_ROWS)
+                yield rows, run_head(graph, hidden[rows])
+
+    @contextmanager
+    def _builder(self) -> Iterator[SegmentBuilder]:
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            yield SegmentBuilder(GraphWriter(Path(folder), "reference"), self.arch, 32, 0)
+
+
+def float_logits(model: str | Path, ids: Sequence[int]) -> Hidden:
+    """Logits ``[tokens, vocab_size]`` of the unsplit, unquantized model over a text.
+
+    Args:
+        model: a checkpoint folder or a ``.gguf`` file.
+        ids: the text; its logits all lie in memory.
+
+    Raises:
+        ModelError: the checkpoint cannot be read or has no builder.
+    """
+    checkpoint = open_checkpoint(Path(model))
+    family = family_of(checkpoint.config)
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = FloatModel(checkpoint, family, family.architecture(checkpoint.config), Path(scratch))
+        hidden = reference.embed(ids)
+        for layer in range(reference.arch.layers):
+            hidden = reference.layer(layer, hidden)
+        return np.concatenate([logits for _, logits in reference.logits(hidden)])
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Runs a staged bundle below ``root`` beside the float model."""
+
+    root: Path
+    reference: FloatModel
     recipe: Recipe
 
     def report(
@@ -60,38 +120,42 @@ class Validator:
             transformers_logits: ``[tokens, vocab_size]`` of transformers' own model, to be compared as well.
 
         Returns:
-            ``tokens``; ``segments``: each segment's largest absolute output difference when both get the float
-            reference's input; ``logits_max_abs``, ``top1_agreement``, ``kl`` (mean, nats), ``perplexity`` and
-            ``reference_perplexity`` of the whole chain; ``transformers``, the same against its logits, if given.
+            ``tokens``; ``segments``: each segment's ``max_abs`` and ``relative`` (median over tokens of the error's
+            norm by the output's) difference when both get the float reference's input; ``logits_max_abs``,
+            ``top1_agreement``, ``kl`` (mean, nats), ``perplexity`` and ``reference_perplexity`` of the whole chain;
+            ``transformers``, the same against its logits, if given.
 
         Raises:
             ExportError: the outputs are not finite, or a float bundle is not the float model.
         """
-        table = self.checkpoint.tensor(EMBEDDING)[list(ids)]
-        reference, chained = table, self._embedding(table)
-        differences = {"embed": float(np.abs(reference - chained).max())}
-        blocks = [segment for segment in segments if segment.kind == "block"]
-        for segment in blocks:
+        arch = self.reference.arch
+        steps = arch.layers + 1
+        reference = self.reference.embed(ids)
+        chained = self._embedding(reference)
+        differences = {"embed": _difference(reference, chained)}
+        for segment in (segment for segment in segments if segment.kind == "block"):
             graph = Graph(self.root / segment.half / segment.graph_file)
             span = range(segment.first_layer, segment.last_layer)
-            isolated = run_block(graph, span, self.arch, reference)
-            chained = run_block(graph, span, self.arch, chained)
+            isolated = run_block(graph, span, arch, reference)
+            chained = run_block(graph, span, arch, chained)
             for layer in span:
-                progress(f"validating layer {layer}", layer, self.arch.layers + 1)
-                reference = self._float_layer(layer, reference)
-            differences[segment.name] = float(np.abs(reference - isolated).max())
-        progress("validating head", self.arch.layers, self.arch.layers + 1)
+                progress(f"validating layer {layer}", layer, steps)
+                reference = self.reference.layer(layer, reference)
+            differences[segment.name] = _difference(reference, isolated)
+        progress("validating head", arch.layers, steps)
         head = next(segment for segment in segments if segment.kind == "head")
+        graph = Graph(self.root / head.half / head.graph_file)
         totals, outside = _Totals(ids), _Totals(ids)
-        isolated_max = 0.0
-        for rows, expected, isolated, actual in self._logits(head, reference, chained):
+        drifts = []
+        for rows, expected in self.reference.logits(reference):
+            drifts.append(_difference(expected, run_head(graph, reference[rows])))
+            actual = run_head(graph, chained[rows])
             totals.add(expected, actual)
-            isolated_max = max(isolated_max, float(np.abs(expected - isolated).max()))
             if transformers_logits is not None:
                 outside.add(transformers_logits[rows], actual)
-        differences["head"] = isolated_max
-        progress("validated", self.arch.layers + 1, self.arch.layers + 1)
-        report = {"tokens": len(ids), "reference": "float32 graphs of the same checkpoint", "segments": differences}
+        differences["head"] = {key: max(drift[key] for drift in drifts) for key in drifts[0]}
+        progress("validated", steps, steps)
+        report = {"tokens": len(ids), "reference": "the float32 model", "segments": differences}
         report |= totals.summary()
         if transformers_logits is not None:
             report["transformers"] = outside.summary()
@@ -99,7 +163,11 @@ class Validator:
         return report
 
     def _judge(self, report: dict[str, Any]) -> None:
-        numbers = [report["logits_max_abs"], report["kl"], *report["segments"].values()]
+        numbers = [
+            report["logits_max_abs"],
+            report["kl"],
+            *(d["max_abs"] for d in report["segments"].values()),
+        ]
         if not np.isfinite(numbers).all():
             raise ExportError("validation: the exported segments give NaN or infinity; the checkpoint may be damaged")
         recipe = self.recipe
@@ -116,32 +184,11 @@ class Validator:
             return dequantize(quantize_rtn(rows, bits, self.recipe.block_size))
         return rows.astype(np.float16).astype(np.float32) if bits == 16 else rows
 
-    def _float_layer(self, layer: int, hidden: Hidden) -> Hidden:
-        with tempfile.TemporaryDirectory(dir=self.root) as folder:
-            builder = SegmentBuilder(GraphWriter(Path(folder), "reference"), self.arch, 32, 0)
-            names = {layer: self.family.tensors(self.arch, layer)}
-            build_block(builder, self.checkpoint.tensor, names, len(hidden))
-            return run_block(Graph(builder.writer.graph_path), range(layer, layer + 1), self.arch, hidden)
 
-    def _logits(
-        self, head: Segment, reference: Hidden, chained: Hidden
-    ) -> Iterator[tuple[slice, Hidden, Hidden, Hidden]]:
-        """Logits of a few tokens at a time: which, float, the segment on the float's input, the whole chain."""
-        quantized = Graph(self.root / head.half / head.graph_file)
-        with tempfile.TemporaryDirectory(dir=self.root) as folder:
-            builder = SegmentBuilder(GraphWriter(Path(folder), "reference"), self.arch, 32, 0)
-            weight = self.checkpoint.tensor(EMBEDDING if self.arch.tied_embeddings else HEAD)
-            build_head(builder, self.checkpoint.tensor(FINAL_NORM), weight)
-            del weight
-            graph = Graph(builder.writer.graph_path)
-            for first in range(0, len(reference), HEAD_ROWS):
-                rows = slice(first, first + HEAD_ROWS)
-                yield (
-                    rows,
-                    graph.run({"hidden": reference[None, rows]}, "logits")[0],
-                    quantized.run({"hidden": reference[None, rows]}, "logits")[0],
-                    quantized.run({"hidden": chained[None, rows]}, "logits")[0],
-                )
+def _difference(expected: Hidden, actual: Hidden) -> dict[str, float]:
+    error = expected - actual
+    relative = np.linalg.norm(error, axis=1) / np.maximum(np.linalg.norm(expected, axis=1), 1e-30)
+    return {"max_abs": float(np.abs(error).max()), "relative": float(np.median(relative))}
 
 
 class _Totals:
@@ -189,12 +236,15 @@ def run_block(graph: Graph, layers: range, arch: Architecture, hidden: Hidden) -
     """Run a block over a whole text ``[tokens, d_model]`` from an empty cache."""
     tokens = len(hidden)
     cache = np.zeros((1, arch.kv_heads, tokens + 1, arch.head_dim), np.float32)
-    inputs: dict[str, NDArray[Any]] = {
-        f"past_{side}.{layer}": cache for layer in layers for side in ("key", "value")
-    }
+    inputs: dict[str, NDArray[Any]] = {f"past_{side}.{layer}": cache for layer in layers for side in ("key", "value")}
     inputs |= {
         "hidden": np.ascontiguousarray(hidden[None]),
         "seqlens_k": np.array([tokens], np.int32),
         "total_sequence_length": np.array(tokens + 1, np.int32),
     }
     return graph.run(inputs, "hidden_out")[0]
+
+
+def run_head(graph: Graph, hidden: Hidden) -> Hidden:
+    """Logits ``[tokens, vocab_size]`` of hidden states ``[tokens, d_model]``."""
+    return graph.run({"hidden": np.ascontiguousarray(hidden[None])}, "logits")[0]

@@ -65,7 +65,9 @@ def base_architecture(
     except KeyError as error:
         raise ModelError(f"the checkpoint's config has no {error.args[0]!r}; is it complete?") from error
     if arch.head_dim % 16:
-        raise ModelError(f"head_dim={arch.head_dim}: onnxruntime's attention needs a multiple of 16 with rotary embedding")
+        raise ModelError(
+            f"head_dim={arch.head_dim}: onnxruntime's attention needs a multiple of 16 with rotary embedding"
+        )
     if heads % arch.kv_heads:
         raise ModelError(f"num_key_value_heads={arch.kv_heads}: must divide num_attention_heads={heads}")
     return arch
