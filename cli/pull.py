@@ -1,4 +1,4 @@
-"""`isthmus pull`: fetch a model of the catalog and print its path."""
+"""Fetch a model of the catalog and print its path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `isthmus pull`."""
+    """Declare the command's arguments."""
     parser.add_argument("name", metavar="NAME", help="a catalog model, for example smollm2-135m-instruct")
     parser.add_argument(
         "--cache",
@@ -20,6 +20,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Pull the model; its path alone goes to stdout, progress to stderr."""
     from ..export.catalog import pull
+    from .progress import progress_bar
 
-    print(pull(args.name, cache=args.cache, progress=True))
+    with progress_bar() as progress:
+        path = pull(args.name, cache=args.cache, progress=progress)
+    print(path)
     return 0

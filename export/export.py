@@ -30,7 +30,8 @@ from ..runtime.bundle import (
 )
 from .checkpoint import Checkpoint, open_checkpoint
 from .families import family_of
-from .segments import Progress, SegmentWriter
+from .progress import Progress, silent
+from .segments import SegmentWriter
 from .sources import resolve_model
 from .validate import FloatModel, Validator, validation_text
 
@@ -52,7 +53,8 @@ def export_bundle(
     max_length: int | None = None,
     compare_transformers: bool = False,
     cache: str | Path | None = None,
-    progress: Progress = lambda what, done, total: None,
+    offline: bool = False,
+    progress: Progress = silent,
 ) -> Manifest:
     """Quantize a checkpoint, cut it at ``split`` and write the bundle ``out``.
 
@@ -69,7 +71,8 @@ def export_bundle(
         max_length: most positions of a session; by default 2048 or the model's own limit if that is lower.
         compare_transformers: also validate against transformers' own model (needs torch and transformers).
         cache: where downloaded models are kept; by default the user's cache folder.
-        progress: called with what is being done, steps done and steps in all.
+        offline: use models on this machine only.
+        progress: called as the work goes on.
 
     Returns:
         The manifest that was written, its validation report included.
@@ -81,7 +84,9 @@ def export_bundle(
     out = Path(out)
     if out.exists():
         raise ExportError(f"{out} exists; export never overwrites: remove it or choose another folder")
-    checkpoint = open_checkpoint(resolve_model(model))
+    checkpoint = open_checkpoint(
+        resolve_model(model, cache=Path(cache) if cache else None, offline=offline, progress=progress)
+    )
     family = family_of(checkpoint.config)
     arch: Architecture = family.architecture(checkpoint.config)
     split = arch.layers if split is None else split

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +17,7 @@ from .checkpoint import Checkpoint
 from .decoder import SegmentBuilder, build_block, build_head
 from .families.common import EMBEDDING, FINAL_NORM, HEAD
 from .graph import ALIGNMENT, GraphWriter
-
-Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+from .progress import Progress
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import cast
 
 from ..errors import ModelError
 from .catalog import CATALOG, cached_path, pull
+from .progress import Progress, silent
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
@@ -16,14 +17,14 @@ _HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
 _HUB_EXTRAS = ("original/*", "consolidated*", "onnx/*")
 
 
-def resolve_model(model: str, *, cache: Path | None = None, offline: bool = False, progress: bool = False) -> Path:
+def resolve_model(model: str, *, cache: Path | None = None, offline: bool = False, progress: Progress = silent) -> Path:
     """Find a model, and fetch it where that is needed.
 
     Args:
         model: a checkpoint directory, a ``.gguf`` file, a name of the catalog, or a hub id ``owner/name``.
         cache: cache folder for downloads; by default `cache_root`'s, and the hub's own for a hub id.
         offline: use what is on this machine only.
-        progress: show a progress bar on stderr.
+        progress: called while a catalog model is downloaded.
 
     Returns:
         What `open_checkpoint` takes.

@@ -23,7 +23,7 @@ from .decoder import SegmentBuilder, build_block, build_head
 from .families import family_of
 from .families.common import EMBEDDING, FINAL_NORM, HEAD
 from .graph import GraphWriter
-from .segments import Progress
+from .progress import Progress
 
 HEAD_ROWS = 64  # logits of that many tokens are in memory at a time
 FLOAT_TOLERANCE = 0.05  # a float bundle's logits may differ from the float reference's by this much

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,10 @@ from ..bundle import open_bundle
 from ..sampling import Sampling
 from ..segments import Embedding, Head, LayerStack
 from ..text import Detokenizer, StopStrings, Tokenizer
-from ..wire.security import ChannelSecurity
 from .generate import PREFILL_CHUNK, Back, LocalBack, Token, generate_tokens
-from .link import RemoteBack
+
+if TYPE_CHECKING:
+    from ..wire.security import ChannelSecurity
 
 
 @dataclass(frozen=True)
@@ -196,10 +197,13 @@ class EdgeModel:
                 "on one; start `isthmus serve` and give its address"
             )
         self._codec = make_codec(codec, **(codec_options or {}))
-        self._server, self._security = server, security or ChannelSecurity()
+        self._server, self._security = server, security
         self._manifest_sha256 = bundle.manifest_sha256
         self.tokenizer = Tokenizer.from_file(
-            bundle.path("tokenizer.json"), manifest.chat_template, manifest.special_tokens, manifest.end_tokens
+            bundle.path("tokenizer.json"),
+            manifest.chat_template,
+            manifest.special_tokens,
+            manifest.end_tokens,
         )
         self._embedding = Embedding(bundle)
         self._stack = LayerStack(bundle)
@@ -217,6 +221,8 @@ class EdgeModel:
         threads: int | None = None,
     ) -> EdgeModel:
         """Open ``OUT/device`` with the options that most apps need; see the class for the rest."""
+        from ..wire.security import ChannelSecurity
+
         security = ChannelSecurity(ca_file=Path(tls_ca) if tls_ca else None, insecure=insecure)
         return cls(folder, server=server, security=security, codec=codec, threads=threads)
 
@@ -292,9 +298,9 @@ class EdgeModel:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         elif prompt and isinstance(prompt[0], Mapping):
-            ids = self.tokenizer.encode_chat(prompt)
+            ids = self.tokenizer.encode_chat(cast("Sequence[Mapping[str, str]]", prompt))
         else:
-            ids = [int(token) for token in prompt]
+            ids = [int(token) for token in cast("Sequence[int]", prompt)]
         vocabulary = self.manifest.architecture.vocab_size
         if not ids:
             raise RequestError("the prompt is empty: give at least one token")
@@ -327,11 +333,15 @@ class EdgeModel:
     def _back(self) -> Back:
         if self._head is not None:
             return LocalBack(self._head)
+        # gRPC loads only where a server is used.
+        from ..wire.security import ChannelSecurity
+        from .link import RemoteBack
+
         return RemoteBack(
-            self._server,
+            self._server or "",
             manifest_sha256=self._manifest_sha256,
             split=self.manifest.split,
             d_model=self.manifest.architecture.d_model,
             codec=self._codec,
-            security=self._security,
+            security=self._security or ChannelSecurity(),
         )

@@ -1,0 +1,50 @@
+# Two commands matter: `make demo` and `make test`. Each does all of its own set-up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PACKAGES := quant devices export runtime cli
+
+.PHONY: demo test quick lint bench proto clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+# Without the tests that need the default model or more than a few seconds.
+quick: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/typecheck && ln -sfn ../.. build/typecheck/isthmus  # mypy wants the package under its name
+	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -m isthmus $(PACKAGES:%=-p isthmus.%)
+
+# What produces the published figures; minutes each. See benchmarks/README.md.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/single_graph.py
+	$(BIN)/python benchmarks/codec_cost.py
+	$(BIN)/python benchmarks/tabq_tolerance.py
+	$(BIN)/python benchmarks/peers.py
+
+# The wire's schema; the generated files are committed.
+proto: $(VENV)/.installed-dev
+	cd runtime/wire && ../../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. isthmus.proto
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,export]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

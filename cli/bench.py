@@ -1,0 +1,78 @@
+"""Measure speed and memory of a bundle, alone or with its server.
+
+pp<N> is the prefill of N tokens, tg<N> the generation of N tokens one by one; both in tokens/s, mean and
+standard deviation over the repetitions. With a server, a table shows where a token's time goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from .generate import add_server_options, open_model
+
+if TYPE_CHECKING:
+    from ..runtime.edge.bench import BenchReport
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", metavar="DIR", help="OUT/device")
+    parser.add_argument("--prompt-tokens", default="128", metavar="N[,N]", help="prefill lengths (default 128)")
+    parser.add_argument("--new-tokens", default="128", metavar="N[,N]", help="generation lengths (default 128)")
+    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="of each test (default 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_server_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, with progress on stderr and the result on stdout."""
+    from ..runtime.edge.bench import bench
+    from .progress import progress_bar
+
+    prompt_tokens = _lengths("--prompt-tokens", args.prompt_tokens)
+    new_tokens = _lengths("--new-tokens", args.new_tokens)
+    model = open_model(args)
+    with progress_bar() as progress:
+        report = bench(
+            model,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repetitions=args.repetitions,
+            progress=progress,
+        )
+    print(json.dumps(report.to_dict()) if args.json else _table(report))
+    return 0
+
+
+def _lengths(option: str, text: str) -> list[int]:
+    from ..errors import RequestError
+
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise RequestError(f"{option} {text!r}: must be numbers with commas, as in 128,512") from None
+
+
+def _table(report: BenchReport) -> str:
+    from dataclasses import asdict
+
+    from tabulate import tabulate
+
+    speeds = [
+        [result.test, result.threads, f"{result.tokens_per_s:.1f} ± {result.sd:.1f}", len(result.samples)]
+        for result in report.results
+    ]
+    memory = [
+        [name, "unknown" if value is None else f"{value:.0f} MB"]
+        for name, value in (("peak resident", report.peak_rss_mb), ("peak anonymous", report.peak_anon_mb))
+    ]
+    tables = [
+        tabulate(speeds, ["test", "threads", "tokens/s", "repetitions"], colalign=("left", "right", "right", "right")),
+        tabulate(memory, ["memory of this process", ""], colalign=("left", "right")),
+    ]
+    if report.breakdown is not None:
+        parts = [[name.removesuffix("_ms"), value] for name, value in asdict(report.breakdown).items()]
+        tables.append(tabulate(parts, ["decoded token", "median ms"], floatfmt=".2f"))
+    return "\n\n".join(tables)

@@ -1,0 +1,126 @@
+"""Generate text with a bundle's device half, alone or with its server.
+
+Text streams to stdout, statistics go to stderr; with --json one object is printed instead. Ctrl-C ends the
+generation cleanly and keeps what was generated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..runtime.edge.model import EdgeModel, Generation
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Declare how the server is reached, for every command that has one."""
+    parser.add_argument("--server", metavar="HOST:PORT", help="the server half's address; needed if the model is split")
+    trust = parser.add_mutually_exclusive_group()
+    trust.add_argument("--tls-ca", metavar="FILE", help="certificate (authority) to trust instead of the system's")
+    trust.add_argument("--insecure", action="store_true", help="plaintext, for trusted links only")
+    parser.add_argument("--codec", default="tabq", help="raw32, raw16 or tabq (default tabq)")
+    parser.add_argument("--tolerance", type=float, metavar="X", help="tabq: relative error that a token may have")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
+
+
+def open_model(args: argparse.Namespace) -> EdgeModel:
+    """Open the device half with the options of `add_server_options`."""
+    from pathlib import Path
+
+    from ..runtime.edge.model import EdgeModel
+    from ..runtime.wire.security import ChannelSecurity
+
+    return EdgeModel(
+        args.bundle,
+        server=args.server,
+        security=ChannelSecurity(ca_file=Path(args.tls_ca) if args.tls_ca else None, insecure=args.insecure),
+        codec=args.codec,
+        codec_options={} if args.tolerance is None else {"tolerance": args.tolerance},
+        threads=args.threads,
+    )
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", metavar="DIR", help="OUT/device")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("-p", "--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids in place of text")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    parser.add_argument("-n", "--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 (default) is greedy")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="X")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same text")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    add_server_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate, streaming."""
+    from ..runtime.sampling import Sampling
+    from .main import INTERRUPTED
+
+    prompt = _prompt(args)
+    sampling = Sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+    model = open_model(args)
+    stream = model.stream(prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop)
+    interrupted = False
+    try:
+        for piece in stream:
+            if not args.json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        stream.close()
+    result = stream.result
+    if args.json:
+        print(json.dumps(result.to_dict(), ensure_ascii=False))
+    else:
+        print()
+        print(_summary(result), file=sys.stderr)
+    return INTERRUPTED if interrupted else 0
+
+
+def _prompt(args: argparse.Namespace) -> str | list[int] | list[dict[str, str]]:
+    from ..errors import RequestError
+
+    if args.prompt_ids is not None:
+        if args.chat:
+            raise RequestError("--chat needs a text prompt: give it with -p, or leave --chat out")
+        try:
+            return [int(part) for part in args.prompt_ids.split(",") if part.strip()]
+        except ValueError:
+            raise RequestError(f"--prompt-ids {args.prompt_ids!r}: must be numbers with commas, as in 1,2,3") from None
+    if not args.chat:
+        return str(args.prompt)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return [*system, {"role": "user", "content": args.prompt}]
+
+
+def _summary(result: Generation) -> str:
+    line = (
+        f"[{result.prompt_tokens} + {result.new_tokens} tokens, {result.finish_reason}; first after "
+        f"{result.ttft_ms:.0f} ms, then {result.decode_tokens_per_s:.1f} tokens/s"
+    )
+    if result.round_trips:
+        positions = max(result.prompt_tokens + result.new_tokens - 1, 1)
+        line += (
+            f"; {result.codec}: {result.bytes_up / positions:.0f} bytes up per token, {result.round_trips} round trips"
+        )
+    return line + "]"

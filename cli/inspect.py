@@ -1,0 +1,100 @@
+"""Show what a bundle holds: precision, segments, sizes, validation.
+
+DIR is one half (OUT/device or OUT/server) or the folder above both. Every file is checked against the manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..runtime.bundle import Manifest, Segment
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", metavar="DIR")
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the files and print the manifest."""
+    from ..runtime.bundle import MANIFEST_NAME, open_bundle
+
+    folder = Path(args.bundle)
+    halves = [] if (folder / MANIFEST_NAME).exists() else [folder / half for half in ("device", "server")]
+    opened = [open_bundle(half) for half in halves if half.is_dir()] or [open_bundle(folder)]
+    print_manifest(opened[0].manifest, as_json=args.json)
+    return 0
+
+
+def print_manifest(manifest: Manifest, *, as_json: bool) -> None:
+    """Print a manifest as tables, or as the JSON it is stored in."""
+    from tabulate import tabulate
+
+    if as_json:
+        print(json.dumps(json.loads(manifest.to_json()), indent=2))
+        return
+    arch, report = manifest.architecture, manifest.validation
+    differences = report.get("segments", {})
+    where = (
+        "the whole model on the device"
+        if manifest.device_only
+        else f"layers 0–{manifest.split - 1} on the device, {manifest.split}–{arch.layers - 1} on the server"
+    )
+    print(f"{manifest.source.name} ({arch.family}, {arch.layers} layers, d_model {arch.d_model}): {where}")
+    sizes = {(half, file.name): file.bytes for half, files in manifest.files.items() for file in files}
+    rows = []
+    for segment in manifest.segments:
+        layers = f"{segment.first_layer}–{segment.last_layer - 1}" if segment.kind == "block" else ""
+        bytes_ = sum(sizes[segment.half, name] for name in (segment.graph_file, segment.data_file) if name)
+        shared = segment.kind == "embed" and not segment.graph_file and segment.data_file != "embed.data"
+        size = f"in {segment.data_file}" if shared else f"{bytes_ / 1e6:.2f}"
+        drift = differences.get(segment.name, {})
+        rows.append(
+            [
+                segment.half,
+                segment.name,
+                layers,
+                segment.bits,
+                size,
+                drift.get("max_abs"),
+                drift.get("relative"),
+            ]
+        )
+    headers = ["half", "segment", "layers", "bits", "MB", "max |Δ|", "relative Δ"]
+    print(tabulate(rows, headers=headers, floatfmt=".3g"))
+    totals = [[half, sum(f.bytes for f in files) / 1e6, len(files)] for half, files in manifest.files.items()]
+    print()
+    print(tabulate(totals, headers=["half", "MB", "files"], floatfmt=".2f"))
+    print(f"bits per weight: {bits_per_weight(manifest):.2f} (scales included)   context: {manifest.max_length}")
+    if report:
+        print(
+            f"validation on {report['tokens']} tokens against {report['reference']}: "
+            f"top-1 agreement {report['top1_agreement']:.4f}, KL {report['kl']:.5f}, "
+            f"perplexity {report['perplexity']:.3f} (reference {report['reference_perplexity']:.3f}), "
+            f"max |Δ logit| {report['logits_max_abs']:.3g}"
+        )
+    if outside := report.get("transformers"):
+        print(
+            f"against transformers: top-1 agreement {outside['top1_agreement']:.4f}, KL {outside['kl']:.3g}, "
+            f"max |Δ logit| {outside['logits_max_abs']:.3g}"
+        )
+
+
+def bits_per_weight(manifest: Manifest) -> float:
+    """Stored bits per weight over embedding, layers and head; tied ones on the same half count once."""
+    arch = manifest.architecture
+    attention = arch.d_model * arch.head_dim * (2 * arch.heads + 2 * arch.kv_heads)
+    per_layer = attention + 3 * arch.d_model * arch.d_ff
+    vocabulary = arch.vocab_size * arch.d_model
+
+    def stored(segment: Segment) -> float:
+        scales = 32 / segment.block_size if segment.bits <= 8 else 0.0
+        layers = segment.last_layer - segment.first_layer
+        return (layers * per_layer if segment.kind == "block" else vocabulary) * (segment.bits + scales)
+
+    return sum(map(stored, manifest.segments)) / (arch.layers * per_layer + 2 * vocabulary)

@@ -1,0 +1,54 @@
+"""`isthmus serve`: run the server half of a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `isthmus serve`."""
+    parser.add_argument("bundle", metavar="OUT/server", type=Path, help="the server half that export wrote")
+    parser.add_argument(
+        "--listen",
+        default="127.0.0.1:7070",
+        metavar="HOST:PORT",
+        help="address; port 0 picks a free one (default: %(default)s)",
+    )
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain, with --tls-key")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key, without a password")
+    parser.add_argument("--insecure", action="store_true", help="plaintext instead of TLS")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of onnxruntime (default: all cores)")
+    parser.add_argument("--max-sessions", type=int, metavar="N", help="sessions at once (default: 64)")
+    parser.add_argument(
+        "--lease",
+        type=float,
+        metavar="SECONDS",
+        help="how long a session outlives its connection (default: 30)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; one line on stdout says that clients may come."""
+    import signal
+    import threading
+
+    from ..runtime.server.limits import ServerLimits
+    from ..runtime.server.server import BackServer
+    from ..runtime.wire.security import ServerSecurity
+
+    security = ServerSecurity(insecure=args.insecure, cert_file=args.tls_cert, key_file=args.tls_key)
+    chosen = {"max_sessions": args.max_sessions, "lease_s": args.lease}
+    limits = ServerLimits(**{name: value for name, value in chosen.items() if value is not None})
+    server = BackServer.from_bundle(args.bundle, args.listen, threads=args.threads, security=security, limits=limits)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with server:
+        layers = f"{server.manifest.split}–{server.manifest.architecture.layers - 1}"
+        print(
+            f"isthmus: serving layers {layers} on {server.address} ({security.describe()})",
+            flush=True,
+        )
+        stop.wait()
+    return 0
