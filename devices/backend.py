@@ -1,9 +1,9 @@
-"""The execution backend: onnxruntime's CPU provider over one process-wide thread pool."""
+"""The execution backend: onnxruntime's CPU provider."""
 
 from __future__ import annotations
 
-import logging
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,33 +12,63 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ..errors import BundleError, IsthmusError
+from ..errors import BundleError, RequestError
 
 MINIMUM_ONNXRUNTIME = "1.28.0"  # the first with an int8 path for 2-bit weights; 4 and 8 bits would run from 1.24
 
-log = logging.getLogger(__name__)
-_pool_threads: int | None = None
+_global_pool_threads: int | None = None
 
 
-def use_threads(threads: int) -> None:
-    """Size the process-wide pool, once, before the first session opens.
+def default_threads() -> int:
+    """Processors that this process may use, at most four: small models gain nothing from more."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return min(affinity, 4)
 
-    With a pool per session, four segments in sequence run 2.7 times slower.
 
-    Raises:
-        IsthmusError: another size was chosen before; onnxruntime cannot change it in a running process.
+@dataclass(frozen=True)
+class Threads:
+    """How the graphs of one model share the processor.
+
+    Attributes:
+        count: threads that work on one graph.
+        spin: keep waiting threads busy in one process-wide pool. It gains up to a third on an otherwise idle
+            machine and loses up to half on a shared one; a device that waits for its server would burn a core
+            all the while. Without it each graph has its own pool, whose threads sleep.
     """
-    global _pool_threads
-    if threads < 1:
-        raise IsthmusError(f"threads={threads}: must be at least 1")
-    if _pool_threads is None:
-        ort.set_default_logger_severity(3)
-        ort.set_global_thread_pool_sizes(threads, 1)
-        _pool_threads = threads
-    elif _pool_threads != threads:
-        raise IsthmusError(
-            f"threads={threads}: this process already runs its pool with {_pool_threads}; a new process can change it"
-        )
+
+    count: int = field(default_factory=default_threads)
+    spin: bool = False
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise RequestError(f"threads={self.count}: must be at least 1")
+
+    def session_options(self) -> ort.SessionOptions:
+        """Options for one session.
+
+        Raises:
+            RequestError: the process-wide pool has another size already; onnxruntime cannot change it.
+        """
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False  # shapes change with every chunk length
+        if self.spin:
+            self._size_global_pool()
+            options.use_per_session_threads = False
+        else:
+            options.intra_op_num_threads = self.count
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        return options
+
+    def _size_global_pool(self) -> None:
+        global _global_pool_threads
+        if _global_pool_threads is None:
+            ort.set_global_thread_pool_sizes(self.count, 1)
+            _global_pool_threads = self.count
+        elif _global_pool_threads != self.count:
+            raise RequestError(
+                f"threads={self.count}: this process already spins with {_global_pool_threads}; use a new process"
+            )
 
 
 class Graph:
@@ -48,15 +78,14 @@ class Graph:
         seconds: time spent inside onnxruntime by `run_bound`, summed over calls.
     """
 
-    def __init__(self, path: Path) -> None:
-        if _pool_threads is None:
-            use_threads(default_threads())
+    def __init__(self, path: Path, threads: Threads) -> None:
         self.seconds = 0.0
-        options = ort.SessionOptions()
-        options.use_per_session_threads = False
-        options.enable_mem_pattern = False  # shapes change with every chunk length
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(
+                str(path), threads.session_options(), providers=["CPUExecutionProvider"]
+            )
+        except RequestError:
+            raise
         except Exception as error:  # onnxruntime's exceptions share no narrower base class
             raise BundleError(f"{path.name}: onnxruntime {ort.__version__} cannot open it: {error}") from error
 
@@ -74,9 +103,3 @@ class Graph:
         """Run once over NumPy arrays and return one output."""
         result: NDArray[np.float32] = self.session.run([output], inputs)[0]
         return result
-
-
-def default_threads() -> int:
-    """Processors that this process may use, at most four: small models gain nothing from more."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return min(affinity, 4)

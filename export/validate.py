@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..devices.backend import Graph
+from ..devices.backend import Graph, Threads
 from ..errors import ExportError
 from ..quant.nbits import PACKED_BITS, dequantize, quantize_rtn
 from ..quant.opsc import Recipe
@@ -58,14 +58,14 @@ class FloatModel:
         with self._builder() as builder:
             names = {index: self.family.tensors(self.arch, index)}
             build_block(builder, self.checkpoint.tensor, names, len(hidden))
-            return run_block(Graph(builder.writer.graph_path), range(index, index + 1), self.arch, hidden)
+            return run_block(Graph(builder.writer.graph_path, Threads()), range(index, index + 1), self.arch, hidden)
 
     def logits(self, hidden: Hidden) -> Iterator[tuple[slice, Hidden]]:
         """Logits of a few tokens at a time, with the rows that they belong to."""
         with self._builder() as builder:
             weight = EMBEDDING if self.arch.tied_embeddings else HEAD
             build_head(builder, self.checkpoint.tensor(FINAL_NORM), self.checkpoint.tensor(weight))
-            graph = Graph(builder.writer.graph_path)
+            graph = Graph(builder.writer.graph_path, Threads())
             for first in range(0, len(hidden), HEAD_ROWS):
                 rows = slice(first, first + HEAD_ROWS)
                 yield rows, run_head(graph, hidden[rows])
@@ -134,7 +134,7 @@ class Validator:
         chained = self._embedding(reference)
         differences = {"embed": _difference(reference, chained)}
         for segment in (segment for segment in segments if segment.kind == "block"):
-            graph = Graph(self.root / segment.half / segment.graph_file)
+            graph = Graph(self.root / segment.half / segment.graph_file, Threads())
             span = range(segment.first_layer, segment.last_layer)
             isolated = run_block(graph, span, arch, reference)
             chained = run_block(graph, span, arch, chained)
@@ -144,7 +144,7 @@ class Validator:
             differences[segment.name] = _difference(reference, isolated)
         progress("validating head", arch.layers, steps)
         head = next(segment for segment in segments if segment.kind == "head")
-        graph = Graph(self.root / head.half / head.graph_file)
+        graph = Graph(self.root / head.half / head.graph_file, Threads())
         totals, outside = _Totals(ids), _Totals(ids)
         drifts = []
         for rows, expected in self.reference.logits(reference):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..devices.backend import use_threads
+from ..devices.backend import Threads
 from .bundle import Bundle, Manifest, open_bundle
 from .sampling import Sampler, Sampling
 from .segments import Head, LayerStack, StackSession
@@ -17,22 +17,20 @@ from .segments import Head, LayerStack, StackSession
 class BackEngine:
     """An opened back half. Not thread-safe: one thread runs all its sessions."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, threads: Threads) -> None:
         self.manifest: Manifest = bundle.manifest
         self.manifest_sha256 = bundle.manifest_sha256
-        self._stack = LayerStack(bundle)
-        self._head = Head(bundle)
+        self._stack = LayerStack(bundle, threads)
+        self._head = Head(bundle, threads)
 
     @classmethod
-    def open(cls, folder: str | Path, *, threads: int | None = None) -> BackEngine:
+    def open(cls, folder: str | Path, *, threads: Threads | None = None) -> BackEngine:
         """Open ``OUT/server``, every file checked against the manifest.
 
         Raises:
             BundleError: the folder is no intact server half.
         """
-        if threads is not None:
-            use_threads(threads)
-        return cls(open_bundle(folder, "server"))
+        return cls(open_bundle(folder, "server"), threads or Threads())
 
     def new_session(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = ()) -> BackSession:
         """A session of at most ``max_tokens`` positions; ``context_ids`` feed the repetition penalty."""
@@ -55,6 +53,7 @@ class BackSession:
         self._stack = stack
         self._head = head
         self._sampler = sampler
+        self._sampled_at: list[int] = []  # the length at which each token was sampled
         self._last: NDArray[np.float32] = np.empty(0, np.float32)
 
     @property
@@ -67,12 +66,17 @@ class BackSession:
         self._last = self._stack.forward(hidden)[-1]
 
     def truncate(self, length: int) -> None:
-        """Roll back to ``length`` positions."""
+        """Roll back to ``length`` positions, and to the tokens that were sampled up to there."""
         self._stack.cache.truncate(length)
+        self._sampled_at = [at for at in self._sampled_at if at <= length]
+        self._sampler.rollback(len(self._sampled_at))
 
     def sample(self) -> int:
         """The token after the last advanced position."""
-        return self._sampler.sample(self._head.logits(self._last), self.length)
+        token = self._sampler.sample(self._head.logits(self._last), self.length)
+        self._sampler.accept(token)
+        self._sampled_at.append(self.length)
+        return token
 
     def close(self) -> None:
         """Free the KV cache; the session is of no use afterwards."""

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ..devices.backend import Graph
+from ..devices.backend import Graph, Threads
 from ..errors import RequestError
 from ..quant.nbits import PACKED_BITS, unpack
 from .bundle import Bundle, KVSpec
@@ -34,11 +34,12 @@ class Embedding:
         if segment.bits in PACKED_BITS:
             blocks = -(-arch.d_model // segment.block_size)
             shape = (arch.vocab_size, blocks, segment.block_size * segment.bits // 8)
-            self._rows = np.memmap(path, np.uint8, "r", segment.codes_offset, shape)
-            self._scales = np.memmap(path, np.float32, "r", segment.scales_offset, shape[:2])
+            rows = np.memmap(path, np.uint8, "r", segment.codes_offset, shape)
+            self._scales = np.asarray(np.memmap(path, np.float32, "r", segment.scales_offset, shape[:2]))
         else:
             dtype = np.float16 if segment.bits == 16 else np.float32
-            self._rows = np.memmap(path, dtype, "r", segment.codes_offset, (arch.vocab_size, arch.d_model))
+            rows = np.memmap(path, dtype, "r", segment.codes_offset, (arch.vocab_size, arch.d_model))
+        self._rows = np.asarray(rows)  # a memmap, but indexed without its class's cost
         self._d_model = arch.d_model
 
     def rows(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -103,9 +104,11 @@ class _Lane:
 class LayerStack:
     """The blocks of one bundle half, opened once and shared by its sessions."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, threads: Threads) -> None:
         self.manifest = bundle.manifest
-        self.blocks = [(segment, Graph(bundle.path(segment.graph_file))) for segment in bundle.segments("block")]
+        self.blocks = [
+            (segment, Graph(bundle.path(segment.graph_file), threads)) for segment in bundle.segments("block")
+        ]
         segments = [segment for segment, _ in self.blocks]
         self.layers = range(segments[0].first_layer, segments[-1].last_layer) if segments else range(0)
 
@@ -197,9 +200,9 @@ class StackSession:
 class Head:
     """Final norm and vocabulary: hidden states to logits."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, threads: Threads) -> None:
         arch = bundle.manifest.architecture
-        self._graph = Graph(bundle.path(bundle.segments("head")[0].graph_file))
+        self._graph = Graph(bundle.path(bundle.segments("head")[0].graph_file), threads)
         self._hidden = np.zeros((1, 1, arch.d_model), np.float32)
         self._logits = np.zeros((1, 1, arch.vocab_size), np.float32)
         self._binding = self._graph.binding()
