@@ -31,7 +31,9 @@ def add_thread_options(parser: argparse.ArgumentParser) -> None:
     """Declare how onnxruntime uses the processor, for every command that runs segments."""
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
     parser.add_argument(
-        "--spin", action="store_true", help="waiting threads stay busy: faster on an idle machine, slower on a shared one"
+        "--spin",
+        action="store_true",
+        help="waiting threads stay busy: faster on an idle machine, slower on a shared one",
     )
 
 

@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit status. Expected errors become one line on stderr."""
     args = build_parser().parse_args(arguments)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core would log to stderr what our errors say better
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
@@ -54,6 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
         return status
     except IsthmusError as error:
         print(f"isthmus: error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if args.command != "export" or (error.name or "").startswith("isthmus"):
+            raise
+        print(
+            f"isthmus: error: export needs {error.name}; install it with pip install 'isthmus[export]'", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         print("isthmus: interrupted", file=sys.stderr)

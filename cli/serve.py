@@ -33,7 +33,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; one line on stdout says that clients may come."""
     import signal
-    import threading
 
     from ..runtime.server.limits import ServerLimits
     from ..runtime.server.server import BackServer
@@ -42,15 +41,17 @@ def run(args: argparse.Namespace) -> int:
     security = ServerSecurity(insecure=args.insecure, cert_file=args.tls_cert, key_file=args.tls_key)
     chosen = {"max_sessions": args.max_sessions, "lease_s": args.lease}
     limits = ServerLimits(**{name: value for name, value in chosen.items() if value is not None})
-    server = BackServer.from_bundle(args.bundle, args.listen, threads=threads_of(args), security=security, limits=limits)
-    stop = threading.Event()
+    server = BackServer.from_bundle(
+        args.bundle, args.listen, threads=threads_of(args), security=security, limits=limits
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with server:
-        layers = f"{server.manifest.split}–{server.manifest.architecture.layers - 1}"
-        print(
-            f"isthmus: serving layers {layers} on {server.address} ({security.describe()})",
-            flush=True,
-        )
-        stop.wait()
-    return 0
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with server:
+            layers = f"{server.manifest.split}–{server.manifest.architecture.layers - 1}"
+            line = f"isthmus: serving layers {layers} on {server.address} ({security.describe()})"
+            print(line, flush=True)
+            server.wait()
+    except KeyboardInterrupt:
+        return 0
+    return 1  # it ended by itself, and its thread has said why

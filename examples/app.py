@@ -1,6 +1,6 @@
 """The device runtime inside an app: ask a question, stream the answer.
 
-    python examples/app.py OUT/device 127.0.0.1:7070 dev-cert.pem "Why is the sky blue?"
+python examples/app.py OUT/device 127.0.0.1:7070 dev-cert.pem "Why is the sky blue?"
 """
 
 import sys

@@ -89,7 +89,10 @@ def print_table(device: EdgeModel, result: Generation, memory: dict[str, object]
     raw16 = 2 * arch.d_model
     rows = [
         ["decode", f"{result.decode_tokens_per_s:.1f} tokens/s"],
-        ["time to first token", f"{result.ttft_ms:.0f} ms, connection and {result.prompt_tokens} prompt tokens included"],
+        [
+            "time to first token",
+            f"{result.ttft_ms:.0f} ms, connection and {result.prompt_tokens} prompt tokens included",
+        ],
         ["bytes up per token", f"{result.bytes_up / sent:.0f} ({raw16 * sent / result.bytes_up:.2f}x below 16 bit)"],
         ["round trips", f"{result.round_trips} for {result.new_tokens} tokens"],
         ["layers on the device", f"{device.manifest.split} of {arch.layers} ({FRONT_BITS} bit; back {BACK_BITS} bit)"],

@@ -1,6 +1,6 @@
 """An export from Python: cut a model at layer SPLIT and look at the validation report.
 
-    python examples/export.py smollm2-135m-instruct OUT 10
+python examples/export.py smollm2-135m-instruct OUT 10
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A server started from Python: it runs in the background of your own program.
 
-    python examples/serve.py OUT/server 127.0.0.1:7070
+python examples/serve.py OUT/server 127.0.0.1:7070
 """
 
 import sys

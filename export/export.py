@@ -30,6 +30,7 @@ from ..runtime.bundle import (
 )
 from .checkpoint import Checkpoint, open_checkpoint
 from .families import family_of
+from .families.common import check_tensors
 from .progress import Progress, silent
 from .segments import SegmentWriter
 from .sources import resolve_model
@@ -89,14 +90,15 @@ def export_bundle(
     )
     family = family_of(checkpoint.config)
     arch: Architecture = family.architecture(checkpoint.config)
+    check_tensors(checkpoint, arch, (family.tensors(arch, layer) for layer in range(arch.layers)))
     split = arch.layers if split is None else split
     recipe = Recipe(
         layers=arch.layers,
         split=split,
         front_bits=front_bits,
         back_bits=back_bits if split < arch.layers else front_bits,
-        embed_bits=embed_bits or max(8, front_bits),
-        head_bits=head_bits or max(8, back_bits if split < arch.layers else front_bits),
+        embed_bits=max(8, front_bits) if embed_bits is None else embed_bits,
+        head_bits=max(8, back_bits if split < arch.layers else front_bits) if head_bits is None else head_bits,
         block_size=block_size,
     )
     if layers_per_block < 1:

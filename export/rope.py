@@ -21,26 +21,29 @@ def rope_tables(arch: Architecture, positions: int) -> tuple[NDArray[np.float32]
     """Cosine and sine ``[positions, head_dim / 2]``, float32.
 
     Raises:
-        ModelError: the checkpoint's rope scaling has no formula here.
+        ModelError: the checkpoint's rope scaling has no formula here, or lacks a number.
     """
     exponents = np.arange(0, arch.head_dim, 2, dtype=np.float64) / arch.head_dim
     inverse = arch.rope_theta**-exponents
     scaling = arch.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     attention_factor = 1.0
-    match kind:
-        case "default":
-            pass
-        case "linear":
-            inverse = inverse / float(scaling["factor"])
-        case "llama3":
-            inverse = _llama3(inverse, scaling)
-        case "yarn":
-            inverse, attention_factor = _yarn(inverse, scaling, arch)
-        case "factors":
-            inverse = inverse / np.asarray(scaling["factors"], np.float64)
-        case _:
-            raise ModelError(f"rope scaling {kind!r}: supported are {', '.join(SCALINGS)}")
+    try:
+        match kind:
+            case "default":
+                pass
+            case "linear":
+                inverse = inverse / float(scaling["factor"])
+            case "llama3":
+                inverse = _llama3(inverse, scaling)
+            case "yarn":
+                inverse, attention_factor = _yarn(inverse, scaling, arch)
+            case "factors":
+                inverse = inverse / np.asarray(scaling["factors"], np.float64)
+            case _:
+                raise ModelError(f"rope scaling {kind!r}: supported are {', '.join(SCALINGS)}")
+    except KeyError as error:
+        raise ModelError(f"rope scaling {kind!r}: the checkpoint's config has no {error.args[0]!r} for it") from error
     # float32 from here on, as transformers computes it: the tables then agree to the last bit or nearly.
     angles = np.outer(np.arange(positions, dtype=np.float32), inverse.astype(np.float32))
     return (

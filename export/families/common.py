@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ModelError
 from ...runtime.bundle import Architecture
+from ..checkpoint import Checkpoint
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -27,6 +29,21 @@ class LayerTensors:
     up: str
     down: str
     qkv_biases: tuple[str, ...] = ()
+
+    def shapes(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
+        """The shape that each weight must have, by its checkpoint name."""
+        width, kv_width = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+        return {
+            self.input_norm: (arch.d_model,),
+            self.query: (width, arch.d_model),
+            self.key: (kv_width, arch.d_model),
+            self.value: (kv_width, arch.d_model),
+            self.attention_output: (arch.d_model, width),
+            self.post_norm: (arch.d_model,),
+            self.gate: (arch.d_ff, arch.d_model),
+            self.up: (arch.d_ff, arch.d_model),
+            self.down: (arch.d_model, arch.d_ff),
+        } | dict(zip(self.qkv_biases, ((width,), (kv_width,), (kv_width,)), strict=False))
 
 
 def base_architecture(
@@ -89,3 +106,27 @@ def layer_tensors(layer: int, *, qkv_bias: bool) -> LayerTensors:
         down=f"{mlp}down_proj.weight",
         qkv_biases=tuple(f"{attention}{role}_proj.bias" for role in "qkv") if qkv_bias else (),
     )
+
+
+def check_tensors(checkpoint: Checkpoint, arch: Architecture, layers: Iterable[LayerTensors]) -> None:
+    """Hold a checkpoint's tensors against what the graphs compute, before anything is written.
+
+    Raises:
+        ModelError: a tensor is missing, has another shape than the config says, or has no place in the graphs.
+    """
+    expected: dict[str, tuple[int, ...]] = {EMBEDDING: (arch.vocab_size, arch.d_model), FINAL_NORM: (arch.d_model,)}
+    if not arch.tied_embeddings:
+        expected[HEAD] = (arch.vocab_size, arch.d_model)
+    for names in layers:
+        expected |= names.shapes(arch)
+    for name, shape in expected.items():
+        found = tuple(checkpoint.shape(name))
+        if found != shape:
+            raise ModelError(f"{name}: shape {found} where the config asks for {shape}; fetch the checkpoint again")
+    for name in checkpoint.names():
+        # Tied checkpoints may repeat the embedding as the head; old ones hold the rotary frequencies.
+        if name not in expected and name != HEAD and not name.endswith("rotary_emb.inv_freq"):
+            raise ModelError(
+                f"{name}: the {arch.family} builder has no place for this tensor, and to leave it out would change "
+                "the model; this variant is not supported"
+            )

@@ -1,0 +1,93 @@
+"""`isthmus serve` as a process: its line, its signals, its errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+# The command with a back half that needs no model.
+PROGRAM = """
+import argparse, sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+from isthmus.cli import serve
+from isthmus.errors import IsthmusError
+from isthmus.runtime.server.server import BackServer
+
+def from_bundle(folder, listen, *, threads, security, limits):
+    architecture = SimpleNamespace(layers=30, d_model=16, vocab_size=256)
+    manifest = SimpleNamespace(split=10, architecture=architecture, max_length=64, codecs=("raw32",))
+    engine = SimpleNamespace(manifest=manifest, manifest_sha256="a" * 64)
+    return BackServer(engine, listen, security=security, limits=limits)
+
+BackServer.from_bundle = from_bundle
+parser = argparse.ArgumentParser()
+serve.configure(parser)
+try:
+    sys.exit(serve.run(parser.parse_args()))
+except IsthmusError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.fixture
+def serve(tmp_path):
+    processes = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PROGRAM, "out/server", *arguments]
+        environment = os.environ | {"XDG_CONFIG_HOME": str(tmp_path), "HOME": str(tmp_path)}
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_line_when_ready_and_a_clean_end(serve, number):
+    process = serve("--listen", "127.0.0.1:0")
+    line = process.stdout.readline()
+    assert line.startswith("isthmus: serving layers 10–29 on 127.0.0.1:")
+    assert "tls, certificate " in line
+    assert "dev-cert.pem" in line
+    process.send_signal(number)
+    rest, errors = process.communicate(timeout=20)
+    assert (process.returncode, rest, errors) == (0, "", "")
+
+
+def test_plaintext_only_where_asked(serve):
+    assert "(plaintext)" in serve("--listen", "127.0.0.1:0", "--insecure").stdout.readline()
+
+
+def test_a_port_in_use_is_an_error(serve):
+    address = serve("--listen", "127.0.0.1:0", "--insecure").stdout.readline().split(" on ")[1].split()[0]
+    second = serve("--listen", address, "--insecure")
+    output, errors = second.communicate(timeout=20)
+    assert second.returncode == 1
+    assert output == ""
+    assert f"LinkError: cannot listen on {address}" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--tls-cert", "missing.pem", "--tls-key", "missing.key"], "SecurityError: certificate missing.pem"),
+        (["--tls-cert", "missing.pem"], "SecurityError: a certificate and its key"),
+        (["--lease", "0"], "RequestError: lease_s=0"),
+        (["--listen", "7070"], "LinkError: address '7070'"),
+    ],
+)
+def test_options_of_no_use_are_errors(serve, arguments, named):
+    process = serve("--listen", "127.0.0.1:0", *arguments)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert named in errors

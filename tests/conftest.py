@@ -1,0 +1,299 @@
+"""Tiny source models, and the bundles exported from them, shared by all tests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from isthmus.devices.backend import Threads
+from isthmus.export.export import export_bundle
+from isthmus.runtime.back import BackEngine
+from isthmus.runtime.bundle import open_bundle
+from isthmus.runtime.edge.generate import LocalBack, StepReport, generate_tokens
+from isthmus.runtime.sampling import Sampling
+from isthmus.runtime.segments import Embedding, Head, LayerStack, StackSession
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+BASE_CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+# What each kind changes in the base config.
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-untied": {"tie_word_embeddings": False},
+    "llama-linear-rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "llama3-rope": {
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "llama-yarn-rope": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
+    # Wide enough that products are cut along the inner dimension and between threads.
+    "llama-wide": {
+        "hidden_size": 320,
+        "intermediate_size": 832,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "head_dim": 64,
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 24, "tie_word_embeddings": False},
+    "mistral-no-window": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "max_window_layers": 0,
+    },
+    "qwen2-untied": {"model_type": "qwen2", "use_sliding_window": False, "tie_word_embeddings": False},
+}
+
+END_BYTE = "\0"  # its token ends a generation
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token for each of the 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: number for number, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def random_weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.float32]]:
+    """Weights that keep activations and logits near unit scale; norms and biases are not the neutral ones."""
+    rng = np.random.default_rng(seed)
+    d_model, d_ff, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    width = config["num_attention_heads"] * config["head_dim"]
+    kv_width = config["num_key_value_heads"] * config["head_dim"]
+
+    def matrix(rows: int, columns: int, gain: float) -> NDArray[np.float32]:
+        return rng.standard_normal((rows, columns), np.float32) * np.float32(gain / columns**0.5)
+
+    def gamma() -> NDArray[np.float32]:
+        return rng.uniform(0.5, 1.5, d_model).astype(np.float32)
+
+    weights = {"model.embed_tokens.weight": matrix(vocab, d_model, 1.0), "model.norm.weight": gamma()}
+    if not config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = matrix(vocab, d_model, 1.0)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        weights |= {
+            f"{prefix}input_layernorm.weight": gamma(),
+            f"{prefix}self_attn.q_proj.weight": matrix(width, d_model, 1.5),
+            f"{prefix}self_attn.k_proj.weight": matrix(kv_width, d_model, 1.5),
+            f"{prefix}self_attn.v_proj.weight": matrix(kv_width, d_model, 1.0),
+            f"{prefix}self_attn.o_proj.weight": matrix(d_model, width, 1.0),
+            f"{prefix}post_attention_layernorm.weight": gamma(),
+            f"{prefix}mlp.gate_proj.weight": matrix(d_ff, d_model, 1.5),
+            f"{prefix}mlp.up_proj.weight": matrix(d_ff, d_model, 1.0),
+            f"{prefix}mlp.down_proj.weight": matrix(d_model, d_ff, 1.0),
+        }
+        if config["model_type"] == "qwen2":
+            for role, rows in (("q", width), ("k", kv_width), ("v", kv_width)):
+                weights[f"{prefix}self_attn.{role}_proj.bias"] = rng.standard_normal(rows, np.float32) * 0.5
+    return weights
+
+
+def write_checkpoint(folder: Path, kind: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """Write a Hugging Face directory with random weights; ``changes`` replace keys of the kind's config."""
+    config = BASE_CONFIG | KINDS[kind] | changes
+    folder.mkdir(parents=True)
+    tokenizer = byte_tokenizer()
+    end = tokenizer.encode(END_BYTE).ids[0]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    save_file(random_weights(config, seed), folder / "model.safetensors")
+    return folder
+
+
+class TinyModels:
+    """Writes each tiny checkpoint once and exports each bundle once; treat what it returns as read-only."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._made: dict[str, Path] = {}
+
+    def checkpoint(self, kind: str = "llama") -> Path:
+        """Folder of the checkpoint of a kind (a key of ``KINDS``)."""
+        key = f"checkpoint-{kind}"
+        if key not in self._made:
+            self._made[key] = write_checkpoint(self._root / key, kind)
+        return self._made[key]
+
+    def bundle(self, kind: str = "llama", *, bits: int = 4, split: int | None = None, **options: Any) -> Path:
+        """Folder of a bundle with one bit width everywhere, unless ``options`` of the export say otherwise."""
+        every = dict.fromkeys(("front_bits", "back_bits", "embed_bits", "head_bits"), bits)
+        options = every | {"layers_per_block": 2, "split": split} | options
+        key = "-".join([kind, *(f"{name}={value}" for name, value in sorted(options.items()))])
+        if key not in self._made:
+            out = self._root / f"bundle-{len(self._made)}"
+            export_bundle(str(self.checkpoint(kind)), out, **options)
+            self._made[key] = out
+        return self._made[key]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    return TinyModels(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def altered_checkpoint(tiny: TinyModels, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a kind's checkpoint whose config was changed and whose weights were not."""
+
+    def alter(kind: str, **changes: Any) -> Path:
+        folder = tmp_path / "altered"
+        shutil.copytree(tiny.checkpoint(kind), folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        return folder
+
+    return alter
+
+
+class InProcessBack:
+    """The server half in this process: what `RemoteBack` reaches, without a wire between."""
+
+    source = "server"
+    round_trips = 0
+
+    def __init__(self, engine: BackEngine, chunk: int) -> None:
+        self._engine, self._chunk = engine, chunk
+
+    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> None:
+        self._session = self._engine.new_session(max_tokens, sampling, context_ids)
+
+    def chunk_limit(self) -> int:
+        return self._chunk
+
+    def step(self, hidden: NDArray[np.float32], position: int, *, sample: bool) -> StepReport:
+        assert position == self._session.length
+        self._session.advance(hidden)
+        return StepReport(token=self._session.sample() if sample else None)
+
+    def close(self) -> None:
+        self._session.close()
+
+
+class LocalModel:
+    """A whole model in this process, split or not."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        device = open_bundle(folder, "device")
+        self.manifest = device.manifest
+        self.embedding = Embedding(device)
+        self.front = LayerStack(device, Threads())
+        self._last = device if device.manifest.device_only else open_bundle(folder, "server")
+
+    @cached_property
+    def stacks(self) -> list[LayerStack]:
+        return [self.front] if self.manifest.device_only else [self.front, LayerStack(self._last, Threads())]
+
+    @cached_property
+    def head(self) -> Head:
+        return Head(self._last, Threads())
+
+    @cached_property
+    def _engine(self) -> BackEngine:
+        return BackEngine(self._last, Threads())
+
+    def session(self, capacity: int = 256) -> LocalSession:
+        return LocalSession(self, [stack.session(capacity) for stack in self.stacks])
+
+    def run(self, ids: list[int], chunks: list[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Hidden states after the last layer, and logits, of a text run in the given chunks."""
+        assert sum(chunks) == len(ids)
+        session = self.session(len(ids))
+        starts = np.cumsum([0, *chunks])
+        parts = [session.forward(ids[first : first + n]) for first, n in zip(starts, chunks, strict=False)]
+        hidden, logits = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return hidden, logits
+
+    def generate(
+        self, ids: list[int], new_tokens: int, *, sampling: Sampling | None = None, chunk: int = 128
+    ) -> list[int]:
+        """Generated tokens, never ended early; ``chunk`` bounds a prefill step of a split model."""
+        sampling, capacity = sampling or Sampling(), len(ids) + new_tokens
+        back = LocalBack(self.head) if self.manifest.device_only else InProcessBack(self._engine, chunk)
+        back.open(capacity, sampling, ids)
+        tokens = generate_tokens(
+            self.embedding,
+            self.front.session(capacity),
+            back,
+            ids,
+            layers=self.manifest.architecture.layers,
+            max_new_tokens=new_tokens,
+            end_tokens=(),
+        )
+        return [token.id for token in tokens]
+
+
+class LocalSession:
+    """One text in a `LocalModel`."""
+
+    def __init__(self, model: LocalModel, stages: list[StackSession]) -> None:
+        self._model = model
+        self._stages = stages
+
+    def forward(self, ids: list[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Hidden states and logits of the next tokens, in memory of their own."""
+        hidden = self._model.embedding.rows(ids)
+        for stage in self._stages:
+            hidden = stage.forward(hidden)
+        hidden = hidden.copy()
+        return hidden, np.stack([self._model.head.logits(row).copy() for row in hidden])
+
+    def truncate(self, length: int) -> None:
+        for stage in self._stages:
+            stage.cache.truncate(length)
+
+
+@pytest.fixture(scope="session")
+def local_model() -> Callable[[Path], LocalModel]:
+    """Opens each bundle once as a `LocalModel`."""
+    return cache(LocalModel)
+
+
+@pytest.fixture(scope="session")
+def chunking_digests() -> Callable[..., list[dict[str, str]]]:
+    """Runs ``digest_chunkings.py``: ``(device halves, tokens=…, threads=…, spin=…)``."""
+
+    def run(folders: Sequence[Path], *, tokens: int, threads: int, spin: bool) -> list[dict[str, str]]:
+        program = Path(__file__).with_name("digest_chunkings.py")
+        arguments = [str(tokens), str(threads), "spin" if spin else "sleep", *map(str, folders)]
+        done = subprocess.run([sys.executable, str(program), *arguments], stdout=subprocess.PIPE, check=True)
+        return json.loads(done.stdout)
+
+    return run
