@@ -47,8 +47,8 @@ def quantize_rtn(weight: NDArray[np.float32], bits: int, block_size: int) -> Pac
     extreme = np.where(-low > high, low, high)
     middle = 1 << (bits - 1)
     scales = (extreme / -middle).astype(np.float32)
+    scales[np.abs(scales) < np.finfo(np.float32).tiny] = 0.0  # a subnormal scale may have no finite inverse
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    inverse[~np.isfinite(inverse)] = 0.0
     codes = np.rint(grouped * inverse[..., None])
     codes += middle
     np.clip(codes, 0, 2 * middle - 1, out=codes)

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from isthmus.errors import CodecError
+from isthmus.quant.tabq import TabQ
+from numpy.typing import NDArray
+
+TOKEN_BYTES = 5
+
+
+def student_t(tokens: int, d_model: int, seed: int = 0) -> NDArray[np.float32]:
+    """Values like a hidden state's: heavy tails, and a few channels that are large in every token."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.standard_t(6, (tokens, d_model)).astype(np.float32)
+    hidden[:, rng.choice(d_model, 3, replace=False)] *= np.float32(80)
+    return hidden
+
+
+def widths(payload: bytes, tokens: int) -> list[int]:
+    return list(payload[: tokens * TOKEN_BYTES : TOKEN_BYTES])
+
+
+def outlier_counts(payload: bytes, tokens: int) -> list[int]:
+    return list(payload[1 : tokens * TOKEN_BYTES : TOKEN_BYTES])
+
+
+def split_exact(
+    hidden: NDArray[np.float32], decoded: NDArray[np.float32], outliers: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The remainder of each token and its error, in float64, without the largest magnitudes."""
+    order = np.argsort(np.abs(hidden), axis=1, kind="stable")[:, : max(hidden.shape[1] - outliers, 0)]
+    rest = np.take_along_axis(hidden, order, axis=1).astype(np.float64)
+    return rest, np.take_along_axis(decoded, order, axis=1) - rest
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tokens=st.integers(1, 20),
+    d_model=st.sampled_from([9, 64, 100, 576]),
+    outliers=st.sampled_from([0, 1, 8, 30]),
+    tolerance=st.sampled_from([0.003, 0.01, 0.05, 0.2, 0.5]),
+    magnitude=st.sampled_from([1e-30, 1e-3, 1.0, 25_000.0, 1e30, 1e35]),
+)
+def test_the_remainder_of_each_token_keeps_the_tolerance(
+    seed: int, tokens: int, d_model: int, outliers: int, tolerance: float, magnitude: float
+) -> None:
+    hidden = student_t(tokens, d_model, seed) * np.float32(magnitude)
+    codec = TabQ(outliers=outliers, tolerance=tolerance)
+    decoded = codec.decode(codec.encode(hidden), tokens, d_model)
+    rest, error = split_exact(hidden, decoded, outliers)
+    assert (np.linalg.norm(error, axis=1) <= tolerance * (1 + 1e-5) * np.linalg.norm(rest, axis=1)).all()
+
+
+@given(seed=st.integers(0, 2**32 - 1), tolerance=st.sampled_from([0.01, 0.05, 0.2]))
+def test_one_bit_less_would_break_the_tolerance(seed: int, tolerance: float) -> None:
+    hidden = student_t(6, 200, seed)
+    payload = TabQ(tolerance=tolerance).encode(hidden)
+    for row, width in enumerate(widths(payload, 6)):
+        narrower = TabQ(tolerance=0.999, q_min=max(width - 1, 2), q_max=max(width - 1, 2))
+        decoded = narrower.decode(narrower.encode(hidden[row : row + 1]), 1, 200)
+        rest, error = split_exact(hidden[row : row + 1], decoded, 8)
+        assert width == 2 or np.linalg.norm(error) > tolerance * (1 - 1e-5) * np.linalg.norm(rest)
+
+
+def test_tokens_of_one_frame_take_the_bits_that_each_needs() -> None:
+    rng = np.random.default_rng(0)
+    two_values = rng.choice([0.0, 1.0], 576)
+    normal = rng.standard_normal(576)
+    spiked = np.where(np.arange(576) == 7, 30, normal)
+    hidden = np.stack([two_values, normal, spiked]).astype(np.float32)
+    first, second, third = widths(TabQ(outliers=0, tolerance=0.1).encode(hidden), 3)
+    assert first == 2 < second < third <= 8
+    assert widths(TabQ(outliers=1, tolerance=0.1).encode(hidden[2:]), 1) == [second]
+
+
+@given(seed=st.integers(0, 2**32 - 1), outliers=st.integers(1, 64))
+def test_the_largest_magnitudes_are_bit_exact(seed: int, outliers: int) -> None:
+    hidden = student_t(5, 64, seed)
+    hidden[0, :3] = [25_000, -1e30, np.finfo(np.float32).max]
+    codec = TabQ(outliers=outliers, tolerance=0.5)
+    decoded = codec.decode(codec.encode(hidden), 5, 64)
+    largest = np.argsort(np.abs(hidden), axis=1)[:, 64 - outliers :]
+    np.testing.assert_array_equal(
+        np.take_along_axis(decoded, largest, axis=1), np.take_along_axis(hidden, largest, axis=1)
+    )
+
+
+@given(seed=st.integers(0, 2**32 - 1), threshold=st.sampled_from([0.5, 3.0, 100.0, 25_000.0]))
+def test_a_threshold_keeps_all_from_there_on_bit_exact(seed: int, threshold: float) -> None:
+    hidden = student_t(4, 100, seed)
+    hidden[1, 5] = threshold
+    hidden[2, 7] = -26_000
+    codec = TabQ(threshold=threshold, tolerance=0.5)
+    payload = codec.encode(hidden)
+    decoded = codec.decode(payload, 4, 100)
+    above = np.abs(hidden) >= np.float32(threshold)
+    assert outlier_counts(payload, 4) == above.sum(axis=1).tolist()
+    np.testing.assert_array_equal(decoded[above], hidden[above])
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        (np.full(576, 1e-44), {}),
+        (np.where(np.arange(576) % 2, 3e38, -3e38), {}),
+        (np.random.default_rng(0).standard_normal(576), {"tolerance": 1e-6}),
+        (np.random.default_rng(0).standard_normal(576), {"tolerance": 0.01, "q_max": 4}),
+        (np.random.default_rng(0).standard_normal(576) + 9, {"threshold": 1.0}),
+    ],
+    ids=["subnormal", "largest", "fine tolerance", "few bits", "too many outliers"],
+)
+def test_a_token_that_no_width_can_hold_is_stored_raw_and_exact(
+    row: NDArray[np.float64], options: dict[str, Any]
+) -> None:
+    hidden = np.stack([np.zeros(576), row]).astype(np.float32)
+    codec = TabQ(**options)
+    payload = codec.encode(hidden)
+    assert widths(payload, 2) == [2, 0]
+    assert codec.decode(payload, 2, 576).tobytes() == hidden.tobytes()
+
+
+def test_zero_and_constant_tokens_decode_to_what_they_were() -> None:
+    hidden = np.stack([np.zeros(64), np.full(64, 3.0), np.full(64, -1e30)]).astype(np.float32)
+    codec = TabQ(tolerance=0.01)
+    payload = codec.encode(hidden)
+    assert widths(payload, 3) == [2, 2, 2]
+    np.testing.assert_allclose(codec.decode(payload, 3, 64), hidden, rtol=0.005)
+
+
+def test_every_byte_is_accounted_for() -> None:
+    payload = TabQ(outliers=8, q_min=4, q_max=4, tolerance=0.9).encode(student_t(3, 576))
+    indices, values, codes = 3 * 8 * 10 // 8, 3 * 8 * 4, 3 * 568 * 4 // 8
+    assert len(payload) == 3 * TOKEN_BYTES + indices + values + codes
+
+
+@pytest.mark.parametrize("d_model", [1, 2, 8, 9, 255])
+def test_outliers_that_take_the_whole_token_leave_it_exact(d_model: int) -> None:
+    hidden = np.random.default_rng(d_model).standard_normal((3, d_model)).astype(np.float32)
+    codec = TabQ(outliers=255)
+    payload = codec.encode(hidden)
+    assert outlier_counts(payload, 3) == [d_model] * 3
+    assert codec.decode(payload, 3, d_model).tobytes() == hidden.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        (0, 1, "width"),
+        (0, 9, "width"),
+        (0, 32, "width"),
+        (1, 65, "outliers"),
+        (2, 16, "zero point"),
+        (4, 0x7F, "scale"),
+        (4, 0xFF, "scale"),
+    ],
+)
+def test_a_token_table_out_of_range_is_refused(field: int, value: int, complaint: str) -> None:
+    codec = TabQ(q_min=4, q_max=4, tolerance=0.9)
+    payload = bytearray(codec.encode(student_t(2, 64)))
+    payload[TOKEN_BYTES + field] = value
+    with pytest.raises(CodecError, match=rf"token 1 has .*{complaint}"):
+        codec.decode(bytes(payload), 2, 64)
+
+
+def test_indices_that_do_not_rise_or_leave_the_token_are_refused() -> None:
+    codec = TabQ(outliers=2, q_min=4, q_max=4, tolerance=0.9)
+    hidden = np.full((1, 5), 0.5, np.float32)
+    hidden[0, [1, 3]] = 9
+    payload = bytearray(codec.encode(hidden))
+    assert payload[TOKEN_BYTES] == 0b11010000  # 1 and 3 at three bits, plane after plane
+    for planes in (0b11100000, 0b00000000, 0b11000100, 0b11111100):  # 3 and 1, 0 and 0, 1 and 5 (twice)
+        payload[TOKEN_BYTES] = planes
+        with pytest.raises(CodecError, match="must rise within a token and stay below d_model 5"):
+            codec.decode(bytes(payload), 1, 5)
+
+
+def test_an_outlier_or_raw_value_that_is_not_finite_is_refused() -> None:
+    codec = TabQ(outliers=1)
+    payload = codec.encode(student_t(1, 64))
+    nan = np.array([np.nan], "<f4").tobytes()
+    with pytest.raises(CodecError, match="only finite"):
+        codec.decode(payload[:6] + nan + payload[10:], 1, 64)
+    raw = TabQ(tolerance=1e-6).encode(student_t(1, 64))
+    with pytest.raises(CodecError, match="only finite"):
+        codec.decode(raw[:-4] + nan, 1, 64)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"outliers": -1},
+        {"outliers": 256},
+        {"threshold": 0.0},
+        {"threshold": float("nan")},
+        {"threshold": float("inf")},
+        {"tolerance": 0.0},
+        {"tolerance": 1.0},
+        {"tolerance": float("nan")},
+        {"q_min": 1},
+        {"q_max": 9},
+        {"q_min": 6, "q_max": 5},
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(CodecError, match=next(iter(options))):
+        TabQ(**options)
