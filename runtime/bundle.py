@@ -154,35 +154,44 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_bundle(folder: str | Path, half: Half, *, verify: bool = True) -> Bundle:
+def open_bundle(folder: str | Path, half: Half | None = None, *, verify: bool = True) -> Bundle:
     """Read a bundle half and check it against its manifest.
 
     Args:
         folder: the half's folder (``OUT/device``), or the bundle's, whose half is then taken.
-        half: which half the caller runs.
+        half: which half the caller runs; None takes the one that the folder holds.
         verify: compare every file's SHA-256, not only its size.
 
     Raises:
         BundleError: no bundle there, another schema, another half, a missing, truncated or altered file.
     """
     root = Path(folder)
-    if not (root / MANIFEST_NAME).is_file() and (root / half / MANIFEST_NAME).is_file():
-        root = root / half
+    if half and not (root / MANIFEST_NAME).is_file():
+        # The other half's manifest tells whether this one is missing or was never made.
+        halves = (root / name for name in (half, "device", "server"))
+        root = next((folder for folder in halves if (folder / MANIFEST_NAME).is_file()), root)
     manifest_path = root / MANIFEST_NAME
     if not manifest_path.is_file():
         raise BundleError(f"{folder}: no {MANIFEST_NAME} there; give the folder that `isthmus export` wrote")
     text = manifest_path.read_bytes()
     manifest = parse_manifest(text, manifest_path)
-    bundle = Bundle(root, half, manifest, hashlib.sha256(text).hexdigest())
-    if not manifest.files.get(half) or not (root / manifest.files[half][0].name).exists():
-        others = [h for h, entries in manifest.files.items() if entries and (root / entries[0].name).exists()]
-        if half not in others and others:
-            raise BundleError(f"{root} is the {others[0]} half; the {half} half is needed here")
-    for entry in manifest.files.get(half, ()):
+    half = _choose_half(root, manifest, half)
+    for entry in manifest.files[half]:
         _check_file(root / entry.name, entry, verify)
-    if not bundle.segments():
-        raise BundleError(f"{root}: this export has no {half} half (split {manifest.split} of {manifest.architecture.layers} layers)")
-    return bundle
+    return Bundle(root, half, manifest, hashlib.sha256(text).hexdigest())
+
+
+def _choose_half(root: Path, manifest: Manifest, wanted: Half | None) -> Half:
+    """The half to open, once it is clear that the folder is that one."""
+    if wanted and wanted not in manifest.files:
+        raise BundleError(f"{root}: this export keeps the whole model on the device, there is no {wanted} half")
+    held = [half for half, files in manifest.files.items() if any((root / file.name).exists() for file in files)]
+    if wanted and held and wanted not in held:
+        raise BundleError(f"{root} is the {held[0]} half; give the {wanted} half")
+    half = wanted or next(iter(held), None)
+    if half is None:
+        raise BundleError(f"{root}: holds a {MANIFEST_NAME} and no segment; copy or export the bundle again")
+    return half
 
 
 def _check_file(path: Path, entry: FileEntry, verify: bool) -> None:

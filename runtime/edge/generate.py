@@ -90,6 +90,7 @@ class LocalBack:
         logits = self._head.logits(hidden[-1])
         onnxruntime_s = perf_counter() - started
         token = self._sampler.sample(logits, position + len(hidden))
+        self._sampler.accept(token)
         return StepReport(token=token, wait_s=perf_counter() - started, onnxruntime_s=onnxruntime_s)
 
     def close(self) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import queue
 import random
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 from types import TracebackType
+from typing import Self
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,18 +19,41 @@ from ...errors import LinkError, ProtocolError, RequestError, SecurityError
 from ...quant.codec import Codec
 from ..sampling import Sampling
 from ..wire import isthmus_pb2 as pb
-from ..wire.framing import fault_error, hello_message, open_message, parse_server_message, step_message
+from ..wire.framing import fault_error, hello_message, open_message, step_message
 from ..wire.security import ChannelSecurity
-from ..wire.transport import PIPELINE_DEPTH, SESSION_PATH
+from ..wire.stream import ClientStream
+from ..wire.transport import PIPELINE_DEPTH
 from .generate import StepReport
 
 logger = logging.getLogger(__name__)
 
-_FIRST_DELAY_S = 0.2  # back-off between re-attachments: doubled each time, jittered so that devices do not come at once
+# Back-off between attempts to attach again: doubled each time, jittered so that devices do not come together.
+_FIRST_DELAY_S = 0.2
 _LONGEST_DELAY_S = 10.0
 _CLOSE_TIMEOUT_S = 2.0  # a server that does not answer a Close frees the session by its lease
 _WORST_BYTES_PER_VALUE = 8  # above every codec's expansion, so that a full frame stays below max_frame_bytes
 _MAX_RESENDS = 4  # of one step on a link that damages it; then the link is not worth having
+
+
+@dataclass
+class _Session:
+    """What the device knows of its session on the server.
+
+    The server answers every step that it reads, in order. ``on_the_way`` has, for each step without an
+    answer, the round of resending in which it was sent: a fault of an older round is about what was sent
+    again since.
+    """
+
+    id: bytes = b""
+    last_step: int = 0
+    acknowledged: int = 0
+    unacknowledged: deque[tuple[int, bytes]] = field(default_factory=deque)  # steps as they were sent
+    on_the_way: deque[int] = field(default_factory=deque)
+    round: int = 0
+    resends: int = 0  # since the last result
+    attempts: int = 0  # to attach again, since the last result
+    bytes_up: int = 0  # of steps, those sent again included
+    bytes_down: int = 0
 
 
 class RemoteBack:
@@ -78,9 +100,9 @@ class RemoteBack:
         self._connect_timeout = connect_timeout
         self._step_timeout = step_timeout
         self._max_reattach = max_reattach
-        self._stream: _Stream | None = None
+        self._stream: ClientStream | None = None
         self._limits: pb.Limits | None = None
-        self._forget_session()
+        self._session = _Session()
 
     @property
     def limits(self) -> pb.Limits:
@@ -113,15 +135,14 @@ class RemoteBack:
         """
         if self._stream is not None:
             raise RequestError("the link carries a session already; close() it first")
-        if not sampling_needs_context(sampling):
-            context_ids = ()
-        self._forget_session()
-        # Hello and Open travel together: that saves a round trip, and a server that refuses the first ignores the rest.
+        self._session = _Session()
+        # Hello and Open travel together: that saves a round trip, and a server that refuses the first
+        # ignores the rest.
         self._connect(open_message(max_tokens, sampling, context_ids))
         try:
-            self._session = self._expect("opened", self._step_timeout).opened.session
+            self._session.id = self._expect("opened", self._step_timeout).opened.session
         except BaseException:
-            self._disconnect()
+            self.close(cancel=True)  # the session may be there already
             raise
 
     def step(self, hidden: NDArray[np.float32], position: int, *, sample: bool) -> StepReport:
@@ -140,28 +161,30 @@ class RemoteBack:
 
         Raises:
             LinkError: the link is gone and could not be restored.
-            ProtocolError: the server refused the step, or has forgotten the session.
+            ProtocolError: the server refused the step, or has forgotten the session; `close` the link then.
             CodecError: the hidden states are not finite.
         """
-        if self._stream is None:
-            raise LinkError("the link carries no session; open() one first")
+        self._live_stream()
+        session = self._session
+        bytes_up, bytes_down = session.bytes_up, session.bytes_down
         started = perf_counter()
         payload = self._codec.encode(hidden)
-        step = self._last_step + 1
-        message = step_message(step, position, len(hidden), sample, payload)
+        session.last_step += 1
+        message = step_message(session.last_step, position, len(hidden), sample, payload)
         encoded = perf_counter()
-        self._last_step = step
-        self._unacknowledged.append((step, message))
-        self._stream.send_step(step, message)
+        session.unacknowledged.append((session.last_step, message))
+        self._send_step(message)
         results: list[pb.Result] = []
-        while self._unacknowledged and (sample or len(self._unacknowledged) >= PIPELINE_DEPTH):
-            results += self._receive_results()
+        while len(session.unacknowledged) >= (1 if sample else PIPELINE_DEPTH):
+            result = self._receive_result()
+            if result is not None:
+                results.append(result)
         self.round_trips += sample
         last = results[-1] if results else pb.Result()
         return StepReport(
             token=last.token if sample and last.HasField("token") else None,
-            bytes_up=len(message),
-            bytes_down=sum(result.ByteSize() for result in results),
+            bytes_up=session.bytes_up - bytes_up,
+            bytes_down=session.bytes_down - bytes_down,
             encode_s=encoded - started,
             wait_s=perf_counter() - encoded,
             server_decode_s=sum(result.decode_us for result in results) / 1e6,
@@ -183,14 +206,14 @@ class RemoteBack:
         try:
             stream.send(ending.SerializeToString())
             deadline = time.monotonic() + _CLOSE_TIMEOUT_S
-            while stream.receive(deadline - time.monotonic()).WhichOneof("body") not in ("closed", "fault"):
-                pass
-        except (grpc.RpcError, LinkError) as error:
+            while stream.receive(deadline - time.monotonic()).WhichOneof("body") != "closed":
+                pass  # answers to the steps before it
+        except LinkError as error:
             logger.debug("the session on %s ends by its lease: %s", self._address, error)
         finally:
             self._disconnect()
 
-    def __enter__(self) -> RemoteBack:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -198,16 +221,9 @@ class RemoteBack:
     ) -> None:
         self.close(cancel=kind is not None)
 
-    def _forget_session(self) -> None:
-        self._session = b""
-        self._last_step = 0
-        self._acknowledged = 0
-        self._unacknowledged: deque[tuple[int, bytes]] = deque()
-        self._resends = 0
-
     def _connect(self, request: bytes) -> None:
         """Open a stream, greet, and send `Open` or `Attach`, whose answer is still to come."""
-        self._stream = _Stream(self._address, self._security)
+        self._stream = ClientStream(self._address, self._security)
         try:
             self._stream.send(self._hello)
             self._stream.send(request)
@@ -221,14 +237,14 @@ class RemoteBack:
             self._stream.close()
             self._stream = None
 
-    def _expect(self, kind: str, timeout: float) -> pb.ServerMessage:
-        """The next message, which must be of a kind; any failure is final for this stream."""
+    def _live_stream(self) -> ClientStream:
         if self._stream is None:
-            raise LinkError(f"the link to {self._address} is closed; open() it again")
-        try:
-            message = self._stream.receive(timeout)
-        except grpc.RpcError as error:
-            raise self._security.explain(self._address, error) from error
+            raise LinkError("the link carries no session; open() one first")
+        return self._stream
+
+    def _expect(self, kind: str, timeout: float) -> pb.ServerMessage:
+        """The next message, which must be of a kind."""
+        message = self._live_stream().receive(timeout)
         body = message.WhichOneof("body")
         if body == "fault":
             raise fault_error(message.fault)
@@ -236,12 +252,94 @@ class RemoteBack:
             raise ProtocolError("BAD_REQUEST", f"{self._address} answered {body} where {kind} was due")
         return message
 
-    def _receive_results(self) -> list[pb.Result]:
-        """Wait for one answer to a step; the result that it brought, if it is new."""
-        if self._stream is None:
-            raise LinkError(f"the link to {self._address} is closed; open() it again")
+    def _send_step(self, message: bytes) -> None:
+        self._session.on_the_way.append(self._session.round)
+        self._session.bytes_up += len(message)
+        self._live_stream().send(message)
+
+    def _receive_result(self) -> pb.Result | None:
+        """Wait for the answer to one step, and mend what it tells of; the result, if it is a new one."""
         try:
-            message = self._stream.receive(self._step_timeout)
-        except (grpc.RpcError, _Late, _Ended) as error:
-            return self._reattach(error)
-        ...
+            message = self._live_stream().receive(self._step_timeout)
+        except (ProtocolError, SecurityError):
+            raise
+        except LinkError as error:
+            self._reattach(error)
+            return None
+        session = self._session
+        session.bytes_down += message.ByteSize()
+        sent_in = session.on_the_way.popleft() if session.on_the_way else session.round
+        match message.WhichOneof("body"):
+            case "result":
+                return self._acknowledge(message.result)
+            case "fault" if message.fault.code in (pb.Fault.BAD_CRC, pb.Fault.OUT_OF_ORDER):
+                if sent_in == session.round:
+                    session.resends += 1
+                    if session.resends > _MAX_RESENDS:
+                        raise fault_error(message.fault)
+                    self._resend(message.fault.expected_step)
+                return None
+            case "fault":
+                raise fault_error(message.fault)
+            case body:
+                raise ProtocolError("BAD_REQUEST", f"{self._address} answered {body} where a result was due")
+
+    def _acknowledge(self, result: pb.Result) -> pb.Result | None:
+        session = self._session
+        if result.step <= session.acknowledged:
+            return None
+        if result.step > session.last_step:
+            raise ProtocolError("BAD_REQUEST", f"{self._address} answered step {result.step}, which was never sent")
+        while session.unacknowledged and session.unacknowledged[0][0] <= result.step:
+            session.unacknowledged.popleft()
+        session.acknowledged = result.step
+        session.resends = session.attempts = 0
+        return result
+
+    def _resend(self, first: int) -> None:
+        """Send the steps from ``first`` on again."""
+        session = self._session
+        if not session.acknowledged < first <= session.last_step:
+            raise ProtocolError("OUT_OF_ORDER", f"{self._address} wants step {first}, which this device has not kept")
+        session.round += 1
+        for step, message in session.unacknowledged:
+            if step >= first:
+                self._send_step(message)
+
+    def _reattach(self, reason: LinkError) -> None:
+        """Carry the session over to a new stream, and send again what the server has not done."""
+        session = self._session
+        deadline = time.monotonic() + self.lease_s  # later there is no session to attach to
+        attach = pb.Attach(session=session.id, last_acknowledged_step=session.acknowledged)
+        request = pb.ClientMessage(attach=attach).SerializeToString()
+        attached: pb.Attached | None = None
+        while attached is None:
+            self._disconnect()
+            if session.attempts >= self._max_reattach or time.monotonic() > deadline:
+                raise LinkError(
+                    f"{reason}; {session.attempts} attempts to attach again failed: start the generation again"
+                ) from reason
+            delay = _delay_before(session.attempts)
+            session.attempts += 1
+            logger.warning("%s; attempt %d to attach again in %.1f s", reason, session.attempts, delay)
+            time.sleep(delay)
+            try:
+                self._connect(request)
+                attached = self._expect("attached", self._step_timeout).attached
+            except (ProtocolError, SecurityError):
+                raise  # neither gets better with time
+            except LinkError as error:
+                reason = error
+        self.reattached += 1
+        session.on_the_way.clear()
+        if attached.last_step > session.acknowledged:
+            session.on_the_way.append(session.round)  # its result follows, and acknowledges those before it too
+        if attached.last_step < session.last_step:
+            self._resend(attached.last_step + 1)
+
+
+def _delay_before(attempt: int) -> float:
+    """Seconds to wait before the attempt of this number, counted from 0; the first comes at once."""
+    if attempt == 0:
+        return 0.0
+    return min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)

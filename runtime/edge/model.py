@@ -296,7 +296,7 @@ class EdgeModel:
         """
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
-        elif prompt and isinstance(prompt[0], Mapping):
+        elif len(prompt) and isinstance(prompt[0], Mapping):
             ids = self.tokenizer.encode_chat(cast("Sequence[Mapping[str, str]]", prompt))
         else:
             ids = [int(token) for token in cast("Sequence[int]", prompt)]

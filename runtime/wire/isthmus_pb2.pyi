@@ -148,20 +148,22 @@ class Frame(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("step", "length", "token", "decode_us", "queue_us", "compute_us")
+    __slots__ = ("step", "length", "token", "decode_us", "queue_us", "compute_us", "onnxruntime_us")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     DECODE_US_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    ONNXRUNTIME_US_FIELD_NUMBER: _ClassVar[int]
     step: int
     length: int
     token: int
     decode_us: int
     queue_us: int
     compute_us: int
-    def __init__(self, step: _Optional[int] = ..., length: _Optional[int] = ..., token: _Optional[int] = ..., decode_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
+    onnxruntime_us: int
+    def __init__(self, step: _Optional[int] = ..., length: _Optional[int] = ..., token: _Optional[int] = ..., decode_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., onnxruntime_us: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ()

@@ -1,0 +1,175 @@
+"""The server: an asyncio gRPC front on a thread of its own, and one thread that computes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from ...devices.backend import Threads
+from ...errors import LinkError
+from ..wire.security import ServerSecurity
+from ..wire.transport import SERVER_OPTIONS, split_address
+from .compute import ComputeEngine, ComputeThread
+from .limits import ServerLimits
+from .service import SessionService
+from .sessions import SessionTable
+
+
+class BackServer:
+    """Serves the back half of a bundle to many devices at once.
+
+    ::
+
+        with BackServer.from_bundle("out/server", "127.0.0.1:7070") as server:
+            print(server.address)
+            server.wait()
+
+    Args:
+        engine: the opened back half; its calls come from one thread.
+        listen: ``HOST:PORT``; port 0 picks a free one.
+        security: TLS with given files or the development certificate, or plaintext.
+        limits: what clients are granted at most.
+    """
+
+    def __init__(
+        self,
+        engine: ComputeEngine,
+        listen: str = "127.0.0.1:0",
+        *,
+        security: ServerSecurity | None = None,
+        limits: ServerLimits | None = None,
+    ) -> None:
+        self.security = security if security is not None else ServerSecurity()
+        self.limits = limits if limits is not None else ServerLimits()
+        self.manifest = engine.manifest
+        self._engine = engine
+        self._listen = listen
+        self._address: str | None = None
+        self._table: SessionTable | None = None
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop_requested: asyncio.Future[float] | None = None
+        self._ended = threading.Event()
+
+    @classmethod
+    def from_bundle(
+        cls,
+        folder: str | Path,
+        listen: str = "127.0.0.1:0",
+        *,
+        threads: Threads | None = None,
+        security: ServerSecurity | None = None,
+        limits: ServerLimits | None = None,
+    ) -> BackServer:
+        """Open ``OUT/server`` and make its server; ``threads`` are onnxruntime's.
+
+        Raises:
+            BundleError: the folder is no intact server half.
+        """
+        from ..back import BackEngine
+
+        return cls(BackEngine.open(folder, threads=threads), listen, security=security, limits=limits)
+
+    @property
+    def address(self) -> str:
+        """``HOST:PORT`` as bound; raises `LinkError` before `start`."""
+        if self._address is None:
+            raise LinkError("the server has no address before start(); call that first")
+        return self._address
+
+    @property
+    def sessions(self) -> int:
+        """Number of sessions, those on their lease included."""
+        return len(self._table) if self._table is not None else 0
+
+    def start(self) -> str:
+        """Listen, and return the address; the server then runs until `stop`.
+
+        Raises:
+            LinkError: it runs already, or the address cannot be bound.
+            SecurityError: certificate or key cannot be used.
+        """
+        if self._thread is not None:
+            raise LinkError(f"the server was started already, on {self._address}")
+        started: Future[str] = Future()
+        self._ended.clear()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="isthmus-server", daemon=True)
+        self._thread.start()
+        try:
+            self._address = started.result()
+        except BaseException:
+            self._thread.join()
+            self._thread = None
+            raise
+        return self._address
+
+    def stop(self, grace: float = 1.0) -> None:
+        """End the server: running streams have ``grace`` seconds, then all sessions are freed. Safe twice."""
+        thread, loop, stop_requested = self._thread, self._loop, self._stop_requested
+        if thread is None or loop is None or stop_requested is None:
+            return
+
+        def request_stop() -> None:
+            if not stop_requested.done():
+                stop_requested.set_result(grace)
+
+        if thread.is_alive():
+            loop.call_soon_threadsafe(request_stop)
+        thread.join()
+        self._thread = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the server has ended, or ``timeout`` seconds; whether it has."""
+        return self._ended.wait(timeout)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _run(self, started: Future[str]) -> None:
+        try:
+            asyncio.run(self._serve(started))
+        except BaseException as error:
+            # Before the start it is the caller's; afterwards the thread's own report is all there is.
+            if started.done():
+                raise
+            started.set_exception(error)
+        finally:
+            self._ended.set()
+
+    async def _serve(self, started: Future[str]) -> None:
+        host, _ = split_address(self._listen)
+        credentials = self.security.credentials()
+        with ComputeThread() as compute:
+            table = SessionTable(self._engine, self.limits, compute)
+            # More streams than sessions: some attach again while the old one still looks alive, some must be told
+            # that the server is full.
+            server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=2 * self.limits.max_sessions + 16)
+            server.add_generic_rpc_handlers((SessionService(self._engine, table, compute, self.limits).handler(),))
+            try:
+                if credentials is None:
+                    port = server.add_insecure_port(self._listen)
+                else:
+                    port = server.add_secure_port(self._listen, credentials)
+            except RuntimeError as error:
+                raise LinkError(
+                    f"cannot listen on {self._listen}: the port is taken or the address is not this machine's; "
+                    "choose another, port 0 picks a free one"
+                ) from error
+            await server.start()
+            self._loop, self._table = asyncio.get_running_loop(), table
+            self._stop_requested = self._loop.create_future()
+            started.set_result(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            await server.stop(await self._stop_requested)
+            await table.free_all()

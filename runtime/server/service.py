@@ -1,0 +1,222 @@
+"""The stream: what a client says, and what it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from time import perf_counter
+
+import grpc
+
+from ..._version import __version__
+from ...quant.codec import CODECS, Codec, make_codec
+from ..wire import isthmus_pb2 as pb
+from ..wire.framing import PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, check_hello, parse_client_message
+from ..wire.transport import PIPELINE_DEPTH, SERVICE, SESSION_METHOD
+from .compute import ComputeEngine, ComputeThread
+from .limits import ServerLimits
+from .sessions import Session, SessionTable
+
+logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class SessionService:
+    """The gRPC service `isthmus.v1.Isthmus`, in raw bytes so that size comes before parsing."""
+
+    def __init__(
+        self, engine: ComputeEngine, table: SessionTable, compute: ComputeThread, limits: ServerLimits
+    ) -> None:
+        self._engine = engine
+        self._table = table
+        self._compute = compute
+        self._limits = limits
+
+    def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
+        """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
+        method = grpc.stream_stream_rpc_method_handler(self._serve)
+        return grpc.method_handlers_generic_handler(SERVICE, {SESSION_METHOD: method})
+
+    async def _serve(self, _requests: object, context: Context) -> None:
+        await _Stream(self._engine, self._table, self._compute, self._limits, context).serve()
+
+
+class _Stream:
+    """One stream. It carries one session at a time, and does one step of it at a time.
+
+    So the compute thread's queue holds at most one step of each session, in the order of arrival: a long
+    prefill does not keep the others from their turn.
+    """
+
+    def __init__(
+        self, engine: ComputeEngine, table: SessionTable, compute: ComputeThread, limits: ServerLimits, context: Context
+    ) -> None:
+        self._engine = engine
+        self._table = table
+        self._compute = compute
+        self._limits = limits
+        self._context = context
+        self._session: Session | None = None
+        self._codec: Codec
+        # Bounded: a client that sends faster than we compute is held back by HTTP/2's flow control.
+        self._inbox: asyncio.Queue[pb.ClientMessage | Refusal | None] = asyncio.Queue(PIPELINE_DEPTH)
+        self._cancelled = False
+        self._evicted = False
+        self._conversation: asyncio.Task[None] | None = None
+
+    async def serve(self) -> None:
+        """Hold the conversation until either side ends it; then the session's lease begins."""
+        # A task of its own, so that a stream that takes the session over can end it without killing the RPC.
+        self._conversation = asyncio.create_task(self._converse())
+        try:
+            await self._conversation
+        except Refusal as refusal:
+            await self._write(refusal.fault)
+        except asyncio.CancelledError:
+            if not self._evicted:
+                raise
+            await self._write(Refusal("CANCELLED", "another stream attached to the session").fault)
+        except grpc.aio.BaseError as error:
+            logger.debug("a stream broke: %s", error)
+        except Exception:
+            # gRPC would send the error's text to the client; that stays here.
+            logger.exception("a stream failed")
+            await self._write(Refusal("INTERNAL", "the server failed; its log has the reason").fault)
+        finally:
+            if self._session is not None:
+                self._table.detach(self._session.id, self._evict)
+
+    def _evict(self) -> None:
+        self._evicted = True
+        if self._conversation is not None:
+            self._conversation.cancel()
+
+    async def _converse(self) -> None:
+        if not await self._greet():
+            return
+        reader = asyncio.create_task(self._read())
+        try:
+            while (message := await self._next()) is not None:
+                await self._answer(message)
+        finally:
+            reader.cancel()
+
+    async def _greet(self) -> bool:
+        """Check the Hello before anything else is read; whether there was one."""
+        try:
+            data = await asyncio.wait_for(self._context.read(), self._limits.idle_s)
+        except TimeoutError as error:
+            raise Refusal("BAD_REQUEST", f"no Hello within {self._limits.idle_s:g} s") from error
+        message = self._parse(data)
+        if message is None:
+            return False
+        if isinstance(message, Refusal):
+            raise message
+        if not message.HasField("hello"):
+            raise Refusal("BAD_REQUEST", f"{message.WhichOneof('body')} before Hello; a stream begins with Hello")
+        manifest = self._engine.manifest
+        check_hello(
+            message.hello,
+            manifest_sha256=self._engine.manifest_sha256,
+            split=manifest.split,
+            codecs=[name for name in manifest.codecs if name in CODECS],
+        )
+        self._codec = make_codec(message.hello.codec)
+        limits = pb.Limits(
+            max_frame_bytes=self._limits.max_frame_bytes,
+            max_frame_tokens=self._limits.max_frame_tokens,
+            max_session_tokens=self._table.max_session_tokens,
+            lease_ms=round(1000 * self._limits.lease_s),
+        )
+        welcome = pb.Welcome(
+            protocol_major=PROTOCOL_MAJOR,
+            protocol_minor=min(PROTOCOL_MINOR, message.hello.protocol_minor),
+            server=f"isthmus {__version__}",
+            limits=limits,
+        )
+        await self._write(pb.ServerMessage(welcome=welcome))
+        return True
+
+    async def _read(self) -> None:
+        """Read ahead, so that a Cancel overtakes the steps before it."""
+        message: pb.ClientMessage | Refusal | None
+        while True:
+            message = self._parse(await self._context.read())
+            if isinstance(message, pb.ClientMessage) and message.HasField("cancel"):
+                self._cancelled = True
+            await self._inbox.put(message)
+            if not isinstance(message, pb.ClientMessage):
+                return
+
+    def _parse(self, data: bytes | object) -> pb.ClientMessage | Refusal | None:
+        """The message, why it is none, or `None` at the stream's end."""
+        if not isinstance(data, bytes):
+            return None
+        if len(data) > self._limits.max_frame_bytes:
+            return Refusal(
+                "FRAME_TOO_LARGE",
+                f"a message of {len(data)} bytes: at most {self._limits.max_frame_bytes}; send fewer tokens a frame",
+            )
+        try:
+            return parse_client_message(data)
+        except Refusal as refusal:
+            return refusal
+
+    async def _next(self) -> pb.ClientMessage | None:
+        if self._session is not None:
+            message = await self._inbox.get()
+        else:
+            try:
+                message = await asyncio.wait_for(self._inbox.get(), self._limits.idle_s)
+            except TimeoutError as error:
+                raise Refusal("BAD_REQUEST", f"no session opened within {self._limits.idle_s:g} s") from error
+        if isinstance(message, Refusal):
+            raise message
+        return message
+
+    async def _answer(self, message: pb.ClientMessage) -> None:
+        kind = message.WhichOneof("body")
+        if self._cancelled or kind == "close":
+            if self._session is not None:
+                await self._free(self._session)
+            self._cancelled &= kind != "cancel"  # the steps before it were dropped
+            if kind in ("close", "cancel"):
+                await self._write(pb.ServerMessage(closed=pb.Closed()))
+        elif kind == "step":
+            await self._write(await self._step(message.step))
+        elif self._session is not None:
+            raise Refusal("BAD_REQUEST", f"{kind} on a stream that carries a session; close that first")
+        elif kind == "open":
+            # Shielded: a session that is being made when the stream breaks still gets its seat and its lease.
+            self._session = await asyncio.shield(self._table.open(message.open))
+            self._table.attach(self._session.id, self._evict)
+            await self._write(pb.ServerMessage(opened=pb.Opened(session=self._session.id)))
+        elif kind == "attach":
+            self._session = self._table.attach(message.attach.session, self._evict)
+            acknowledged = message.attach.last_acknowledged_step
+            # The compute thread answers in turn: a step that still runs for the old stream is counted.
+            for answer in await self._compute.run(self._session.resume, acknowledged):
+                await self._write(answer)
+        else:
+            raise Refusal("BAD_REQUEST", f"{kind} in the middle of a stream")
+
+    async def _step(self, step: pb.Step) -> pb.ServerMessage:
+        if self._session is None:
+            return Refusal("BAD_REQUEST", f"step {step.step} without a session; open one first").fault
+        try:
+            return await self._compute.run(self._session.step, step, self._codec, perf_counter())
+        except Refusal as refusal:
+            return refusal.fault
+        except Exception:
+            # Whatever went wrong in the engine, it is this session's alone: the others must not notice.
+            logger.exception("session %s: step %d failed", self._session.id.hex()[:8], step.step)
+            await self._free(self._session)
+            return Refusal("INTERNAL", "the step failed on the server and ended the session; see its log").fault
+
+    async def _free(self, session: Session) -> None:
+        self._session = None
+        await asyncio.shield(self._table.free(session.id))
+
+    async def _write(self, message: pb.ServerMessage) -> None:
+        await self._context.write(message.SerializeToString())

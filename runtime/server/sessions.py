@@ -1,0 +1,251 @@
+"""Sessions: one generation's steps, done in order and once, and the table that admits and forgets them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import CodecError
+from ...quant.codec import Codec
+from ..wire import isthmus_pb2 as pb
+from ..wire.framing import Refusal, crc_matches, read_sampling
+from .compute import ComputeEngine, ComputeSession, ComputeThread
+from .limits import ServerLimits
+
+logger = logging.getLogger(__name__)
+
+_SESSION_ID_BYTES = 16
+
+
+class Session:
+    """The step machine of one generation. Its methods run on the compute thread only.
+
+    A step is done or refused as a whole: after a `Refusal` the session is as it was.
+    """
+
+    def __init__(self, engine: ComputeEngine, compute: ComputeSession, max_tokens: int, limits: ServerLimits) -> None:
+        self.id = secrets.token_bytes(_SESSION_ID_BYTES)
+        self.max_tokens = max_tokens
+        self._engine = engine
+        self._compute = compute
+        self._limits = limits
+        self._d_model = engine.manifest.architecture.d_model
+        self._last = pb.Result()  # of the last step done; its step number is 0 before the first
+
+    def resume(self, acknowledged: int) -> list[pb.ServerMessage]:
+        """The answers to an `Attach`: the last step done, and its result unless the client has it."""
+        answers = [pb.ServerMessage(attached=pb.Attached(last_step=self._last.step))]
+        if acknowledged < self._last.step:
+            answers.append(pb.ServerMessage(result=self._last))
+        return answers
+
+    def step(self, step: pb.Step, codec: Codec, arrived: float) -> pb.ServerMessage:
+        """Do one step, or answer a repeated one from the cache.
+
+        Args:
+            step: as received; its size is within ``max_frame_bytes``.
+            codec: of the stream that it came on.
+            arrived: `time.perf_counter` when it was handed to the compute thread.
+
+        Raises:
+            Refusal: the step breaks a rule; nothing was done.
+        """
+        started = perf_counter()
+        expected = self._last.step + 1
+        if not crc_matches(step):
+            raise Refusal("BAD_CRC", "a step was damaged on its way; send it again", expected_step=expected)
+        if 0 < step.step < expected:
+            return pb.ServerMessage(result=self._last)
+        if step.step != expected:
+            raise Refusal(
+                "OUT_OF_ORDER",
+                f"step {step.step} where {expected} is next; send that",
+                expected_step=expected,
+            )
+        self._check_place(step.position, step.frame.tokens)
+        hidden = self._decode(step.frame, codec)
+        decoded, busy = perf_counter(), self._engine.onnxruntime_seconds
+        if step.position < self._compute.length:
+            self._compute.truncate(step.position)
+        self._compute.advance(hidden)
+        token = self._compute.sample() if step.sample else None
+        self._last = pb.Result(
+            step=step.step,
+            length=self._compute.length,
+            token=token,
+            decode_us=_microseconds(decoded - started),
+            queue_us=_microseconds(started - arrived),
+            compute_us=_microseconds(perf_counter() - decoded),
+            onnxruntime_us=_microseconds(self._engine.onnxruntime_seconds - busy),
+        )
+        return pb.ServerMessage(result=self._last)
+
+    def close(self) -> None:
+        """Free the KV cache."""
+        self._compute.close()
+
+    def _check_place(self, position: int, tokens: int) -> None:
+        if not 1 <= tokens <= self._limits.max_frame_tokens:
+            raise Refusal("BAD_FRAME", f"a frame of {tokens} tokens: must hold 1 to {self._limits.max_frame_tokens}")
+        if position > self._compute.length:
+            raise Refusal(
+                "BAD_REQUEST",
+                f"position {position} in a session of {self._compute.length}: a frame goes on where the last "
+                "ended, or rolls back; it cannot leave a gap",
+            )
+        if position + tokens > self.max_tokens:
+            raise Refusal(
+                "SESSION_FULL",
+                f"positions {position} to {position + tokens - 1} in a session opened for {self.max_tokens}; "
+                "open one with larger max_tokens",
+            )
+
+    def _decode(self, frame: pb.Frame, codec: Codec) -> NDArray[np.float32]:
+        try:
+            hidden = codec.decode(frame.payload, frame.tokens, self._d_model)
+        except CodecError as error:
+            raise Refusal("BAD_FRAME", str(error)) from error
+        if not np.isfinite(hidden).all():
+            raise Refusal("NON_FINITE", "a frame with NaN or infinity: only finite hidden states cross")
+        return hidden
+
+
+@dataclass
+class _Seat:
+    """A session's place in the table. Exactly one of ``evict`` and ``lease`` is set."""
+
+    session: Session
+    kv_bytes: int
+    evict: Callable[[], None] | None = None
+    lease: asyncio.TimerHandle | None = None
+
+
+class SessionTable:
+    """Admits sessions, knows which stream owns each, and forgets those whose lease has ended.
+
+    Its methods run on the event loop; whatever touches the engine is handed to the compute thread.
+    """
+
+    def __init__(self, engine: ComputeEngine, limits: ServerLimits, compute: ComputeThread) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._compute = compute
+        self._seats: dict[bytes, _Seat] = {}
+        self._sessions = 0  # admitted, those being opened or closed included
+        self._kv_bytes = 0
+        self._expiries: set[asyncio.Task[None]] = set()
+        self.max_session_tokens = min(limits.max_session_tokens, engine.manifest.max_length)
+
+    def __len__(self) -> int:
+        return self._sessions
+
+    async def open(self, request: pb.Open) -> Session:
+        """Reserve KV and make a session. It has no owner yet: its lease runs.
+
+        Raises:
+            Refusal: the request is out of range, or the server is full.
+        """
+        sampling = read_sampling(request.sampling)
+        max_tokens, vocabulary = request.max_tokens, self._engine.manifest.architecture.vocab_size
+        if not 1 <= max_tokens <= self.max_session_tokens:
+            raise Refusal("BAD_REQUEST", f"max_tokens={max_tokens}: must be 1 to {self.max_session_tokens}")
+        if len(request.context_ids) > max_tokens or any(id >= vocabulary for id in request.context_ids):
+            raise Refusal(
+                "BAD_REQUEST",
+                f"{len(request.context_ids)} context ids: must be at most max_tokens={max_tokens}, each below the "
+                f"vocabulary's {vocabulary}",
+            )
+        kv_bytes = self._engine.kv_bytes(max_tokens)
+        self._admit(kv_bytes)
+        try:
+            compute = await self._compute.run(self._engine.new_session, max_tokens, sampling, list(request.context_ids))
+        except BaseException:
+            self._release(kv_bytes)
+            raise
+        session = Session(self._engine, compute, max_tokens, self._limits)
+        self._seats[session.id] = _Seat(session, kv_bytes, lease=self._start_lease(session.id))
+        return session
+
+    def attach(self, session_id: bytes, evict: Callable[[], None]) -> Session:
+        """Make a stream the owner of a session; the stream that owned it is evicted.
+
+        Raises:
+            Refusal: there is no such session.
+        """
+        seat = self._seats.get(session_id)
+        if seat is None:
+            raise Refusal(
+                "SESSION_UNKNOWN",
+                f"no such session: it was closed, its lease of {self._limits.lease_s:g} s has ended, or the server "
+                "restarted; start the generation again",
+            )
+        if seat.lease is not None:
+            seat.lease.cancel()
+        if seat.evict is not None:
+            seat.evict()
+        seat.lease, seat.evict = None, evict
+        return seat.session
+
+    def detach(self, session_id: bytes, evict: Callable[[], None]) -> None:
+        """Start the lease of a session, unless another stream owns it by now."""
+        seat = self._seats.get(session_id)
+        if seat is not None and seat.evict == evict:
+            seat.lease, seat.evict = self._start_lease(session_id), None
+
+    async def free(self, session_id: bytes) -> None:
+        """End a session and give its KV back; nothing happens if it is gone already."""
+        seat = self._seats.pop(session_id, None)
+        if seat is None:
+            return
+        if seat.lease is not None:
+            seat.lease.cancel()
+        try:
+            await self._compute.run(seat.session.close)
+        finally:
+            self._release(seat.kv_bytes)
+
+    async def free_all(self) -> None:
+        """End every session."""
+        for session_id in list(self._seats):
+            await self.free(session_id)
+        await asyncio.gather(*self._expiries)
+
+    def _admit(self, kv_bytes: int) -> None:
+        budget, retry_after_ms = self._limits.kv_bytes, round(1000 * self._limits.retry_after_s)
+        if kv_bytes > budget:
+            raise Refusal(
+                "BAD_REQUEST",
+                f"the session needs {kv_bytes} bytes of KV cache, the server has {budget}; ask for fewer tokens",
+            )
+        if self._sessions >= self._limits.max_sessions:
+            message = f"all {self._limits.max_sessions} sessions of the server are taken; wait for one to end"
+            raise Refusal("SERVER_FULL", message, retry_after_ms=retry_after_ms)
+        if self._kv_bytes + kv_bytes > budget:
+            message = f"{budget - self._kv_bytes} bytes of KV cache are free, the session needs {kv_bytes}; wait"
+            raise Refusal("SERVER_FULL", message, retry_after_ms=retry_after_ms)
+        self._sessions += 1
+        self._kv_bytes += kv_bytes
+
+    def _release(self, kv_bytes: int) -> None:
+        self._sessions -= 1
+        self._kv_bytes -= kv_bytes
+
+    def _start_lease(self, session_id: bytes) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(self._limits.lease_s, self._expire, session_id)
+
+    def _expire(self, session_id: bytes) -> None:
+        logger.info("session %s: lease ended", session_id.hex()[:8])
+        task = asyncio.get_running_loop().create_task(self.free(session_id))
+        self._expiries.add(task)
+        task.add_done_callback(self._expiries.discard)
+
+
+def _microseconds(seconds: float) -> int:
+    return round(seconds * 1e6)

@@ -1,0 +1,163 @@
+"""Messages of the wire: building them, checking them, and the refusals that answer a bad one."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import google_crc32c
+from google.protobuf.message import DecodeError
+
+from ..._version import __version__
+from ...errors import ProtocolError, RequestError
+from ..sampling import Sampling
+from . import isthmus_pb2 as pb
+
+PROTOCOL_MAJOR = 1  # must be equal on both ends
+PROTOCOL_MINOR = 0  # the lower of both is spoken
+
+_STEP_HEADER = struct.Struct("<QII?")
+_MAX_FAULT_CHARS = 500
+
+
+class Refusal(Exception):  # noqa: N818  (a verdict on a message, not a failure of ours)
+    """A message that the server does not accept; becomes the `Fault` that answers it.
+
+    Args:
+        code: name of a `Fault.Code`.
+        message: value, rule and remedy; nothing of the server's insides.
+        expected_step: the step to go on with, for ``OUT_OF_ORDER`` and ``BAD_CRC``.
+        retry_after_ms: when to try again, for ``SERVER_FULL`` and ``DRAINING``.
+    """
+
+    def __init__(self, code: str, message: str, *, expected_step: int = 0, retry_after_ms: int = 0) -> None:
+        super().__init__(message)
+        self.fault = pb.ServerMessage(
+            fault=pb.Fault(
+                code=code,
+                message=message[:_MAX_FAULT_CHARS],
+                expected_step=expected_step,
+                retry_after_ms=retry_after_ms,
+            )
+        )
+
+
+def fault_error(fault: pb.Fault) -> ProtocolError:
+    """The error that a user sees for a fault of the server."""
+    known = pb.Fault.Code.values()
+    code = pb.Fault.Code.Name(fault.code) if fault.code in known else f"FAULT_{fault.code}"
+    message = fault.message
+    if fault.retry_after_ms:
+        message += f" (try again in {fault.retry_after_ms / 1000:g} s)"
+    return ProtocolError(code, message)
+
+
+def parse_client_message(data: bytes) -> pb.ClientMessage:
+    """Parse what a client sent; raises `Refusal` unless it is a `ClientMessage` with a body."""
+    try:
+        message = pb.ClientMessage.FromString(data)
+    except DecodeError as error:
+        raise Refusal(
+            "BAD_REQUEST", f"{len(data)} bytes that are no isthmus.v1 message; use a client of this protocol"
+        ) from error
+    if message.WhichOneof("body") is None:
+        raise Refusal("BAD_REQUEST", "a message without a body that this server knows; update the server")
+    return message
+
+
+def parse_server_message(data: bytes) -> pb.ServerMessage:
+    """Parse what a server sent; raises `ProtocolError` unless it is a `ServerMessage` with a body."""
+    try:
+        message = pb.ServerMessage.FromString(data)
+    except DecodeError as error:
+        raise ProtocolError("BAD_REQUEST", f"the server sent {len(data)} bytes that are no message") from error
+    if message.WhichOneof("body") is None:
+        raise ProtocolError("BAD_REQUEST", "the server sent a message that this client does not know; update it")
+    return message
+
+
+def hello_message(manifest_sha256: str, split: int, codec: str) -> bytes:
+    """The first message of every stream."""
+    hello = pb.Hello(
+        protocol_major=PROTOCOL_MAJOR,
+        protocol_minor=PROTOCOL_MINOR,
+        manifest_sha256=manifest_sha256,
+        split=split,
+        codec=codec,
+        client=f"isthmus {__version__}",
+    )
+    return pb.ClientMessage(hello=hello).SerializeToString()
+
+
+def check_hello(hello: pb.Hello, *, manifest_sha256: str, split: int, codecs: Sequence[str]) -> None:
+    """Raise `Refusal`, which names both sides' values, unless the peers fit each other."""
+    if hello.protocol_major != PROTOCOL_MAJOR:
+        raise Refusal(
+            "VERSION_MISMATCH",
+            f"client speaks protocol {hello.protocol_major}.{hello.protocol_minor}, server "
+            f"{PROTOCOL_MAJOR}.{PROTOCOL_MINOR}: the major versions must be equal; update the older side",
+        )
+    if hello.manifest_sha256 != manifest_sha256:
+        raise Refusal(
+            "MANIFEST_MISMATCH",
+            f"device half has manifest {hello.manifest_sha256[:64]}, server half {manifest_sha256}: both "
+            "must come from one export; copy the missing half of it",
+        )
+    if hello.split != split:
+        raise Refusal(
+            "MANIFEST_MISMATCH",
+            f"client splits at layer {hello.split}, server at {split}: both must come from one export",
+        )
+    if hello.codec not in codecs:
+        raise Refusal(
+            "UNSUPPORTED_CODEC",
+            f"codec {hello.codec[:40]!r}: this server decodes {', '.join(codecs)}; choose one",
+        )
+
+
+def open_message(max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> bytes:
+    """Ask for a new session."""
+    wire = pb.Sampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+    )
+    opening = pb.Open(max_tokens=max_tokens, sampling=wire, context_ids=context_ids)
+    return pb.ClientMessage(open=opening).SerializeToString()
+
+
+def read_sampling(wire: pb.Sampling) -> Sampling:
+    """The sampling of an `Open`; raises `Refusal` if a value is out of range."""
+    try:
+        return Sampling(
+            temperature=wire.temperature,
+            top_k=wire.top_k,
+            top_p=wire.top_p,
+            min_p=wire.min_p,
+            repetition_penalty=wire.repetition_penalty,
+            seed=wire.seed,
+        )
+    except RequestError as error:
+        raise Refusal("BAD_REQUEST", str(error)) from error
+
+
+def step_crc(step: int, position: int, tokens: int, sample: bool, payload: bytes) -> int:
+    """CRC32C of a step's header and payload, so that no field is believed that a flipped bit has changed."""
+    header = google_crc32c.value(_STEP_HEADER.pack(step, position, tokens, sample))
+    return int(google_crc32c.extend(header, payload))
+
+
+def step_message(step: int, position: int, tokens: int, sample: bool, payload: bytes) -> bytes:
+    """One frame of hidden states with its place in the session."""
+    crc = step_crc(step, position, tokens, sample, payload)
+    frame = pb.Frame(tokens=tokens, payload=payload, crc32c=crc)
+    return pb.ClientMessage(step=pb.Step(step=step, position=position, sample=sample, frame=frame)).SerializeToString()
+
+
+def crc_matches(step: pb.Step) -> bool:
+    """Whether a step arrived as it was sent."""
+    frame = step.frame
+    return step_crc(step.step, step.position, frame.tokens, step.sample, frame.payload) == frame.crc32c

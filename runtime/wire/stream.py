@@ -1,0 +1,78 @@
+"""One stream of the wire as a client sees it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import grpc
+
+from ...errors import LinkError
+from . import isthmus_pb2 as pb
+from .framing import parse_server_message
+from .security import ChannelSecurity
+from .transport import SESSION_PATH
+
+_JOIN_TIMEOUT_S = 2.0  # a closed channel ends its stream at once; this only keeps a bug from hanging the caller
+
+
+class ClientStream:
+    """One gRPC stream. Messages come in on a thread of its own, so that every wait can have a deadline."""
+
+    def __init__(self, address: str, security: ChannelSecurity) -> None:
+        self._address = address
+        self._security = security
+        self._greeted = False
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[bytes | grpc.RpcError | None] = queue.SimpleQueue()
+        self._channel = security.channel(address)
+        call = self._channel.stream_stream(SESSION_PATH, None, None)
+        self._call = call(iter(self._outgoing.get, None))
+        self._reader = threading.Thread(target=self._read, name="isthmus-link", daemon=True)
+        self._reader.start()
+
+    def send(self, message: bytes) -> None:
+        """Hand a message to gRPC; if the stream is broken, `receive` tells."""
+        self._outgoing.put(message)
+
+    def receive(self, timeout: float) -> pb.ServerMessage:
+        """The next message.
+
+        Raises:
+            LinkError: the stream has ended, or nothing came within ``timeout`` seconds.
+        """
+        try:
+            received = self._inbox.get(timeout=max(0.0, timeout))
+        except queue.Empty:
+            raise LinkError(
+                f"{self._address}: no answer within {timeout:g} s; the server or the network hangs"
+            ) from None
+        if isinstance(received, bytes):
+            self._greeted = True
+            return parse_server_message(received)
+        self._inbox.put(received)  # an end stays an end
+        if received is None:
+            raise LinkError(f"{self._address}: the server ended the stream")
+        if not self._greeted:
+            raise self._security.explain(self._address, received) from received
+        raise LinkError(f"{self._address}: the link broke ({_status(received)})") from received
+
+    def close(self) -> None:
+        """End the stream and its connection."""
+        self._outgoing.put(None)
+        self._call.cancel()  # type: ignore[no-untyped-call]
+        self._channel.close()
+        self._reader.join(_JOIN_TIMEOUT_S)
+
+    def _read(self) -> None:
+        end: grpc.RpcError | None = None
+        try:
+            for message in self._call:
+                self._inbox.put(message)
+        except grpc.RpcError as error:
+            end = error
+        self._inbox.put(end)
+
+
+def _status(error: grpc.RpcError) -> str:
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else repr(error)
