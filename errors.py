@@ -27,6 +27,10 @@ class CodecError(IsthmusError):
     """Hidden states cannot be encoded, or a payload cannot be decoded."""
 
 
+class NonFiniteError(CodecError):
+    """Hidden states hold NaN or infinity."""
+
+
 class LinkError(IsthmusError):
     """The server cannot be reached, or the link failed for good."""
 

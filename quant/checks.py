@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CodecError
+from ..errors import CodecError, NonFiniteError
 
 
 def check_shape(tokens: int, d_model: int) -> None:
@@ -30,11 +30,11 @@ def finite_hidden(hidden: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def check_finite(hidden: NDArray[np.float32]) -> None:
-    """Raise `CodecError` with the first row of ``[tokens, d_model]`` that holds NaN or infinity."""
+    """Raise `NonFiniteError` with the first row of ``[tokens, d_model]`` that holds NaN or infinity."""
     finite = np.isfinite(hidden)
     if not finite.all():
         row, channel = np.argwhere(~finite)[0]
-        raise CodecError(
+        raise NonFiniteError(
             f"hidden state of row {row} is {hidden[row, channel]} at channel {channel}: only finite values "
             "cross; check the model's weights and precision"
         )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import ExportError
+
 PACKED_BITS = (2, 4, 8)
 
 
@@ -37,6 +39,9 @@ def quantize_rtn(weight: NDArray[np.float32], bits: int, block_size: int) -> Pac
 
     The value of largest magnitude maps to the lowest code, ``-2 ** (bits - 1)``, so that no code is wasted:
     the scale takes that value's opposite sign and divides by 8 at 4 bits, not by 7.5 (llama.cpp's ``Q4_0`` rule).
+
+    Raises:
+        ExportError: the weight holds NaN or infinity.
     """
     rows, columns = weight.shape
     blocks = -(-columns // block_size)
@@ -47,6 +52,8 @@ def quantize_rtn(weight: NDArray[np.float32], bits: int, block_size: int) -> Pac
     extreme = np.where(-low > high, low, high)
     middle = 1 << (bits - 1)
     scales = (extreme / -middle).astype(np.float32)
+    if not np.isfinite(scales).all():
+        raise ExportError("a weight holds NaN or infinity; the checkpoint may be damaged: fetch it again")
     scales[np.abs(scales) < np.finfo(np.float32).tiny] = 0.0  # a subnormal scale may have no finite inverse
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
     codes = np.rint(grouped * inverse[..., None])

@@ -66,13 +66,12 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling, context_ids: Sequence[int] = ()) -> None:
-        # The wire carries these as float32; the device must choose as the server does.
-        self._temperature = float(np.float32(sampling.temperature))
-        self._top_p = float(np.float32(sampling.top_p))
-        self._min_p = float(np.float32(sampling.min_p))
-        self._penalty = float(np.float32(sampling.repetition_penalty))
-        self._top_k = int(sampling.top_k)
-        self._seed = int(sampling.seed)
+        self._temperature = sampling.temperature
+        self._top_p = sampling.top_p
+        self._min_p = sampling.min_p
+        self._penalty = sampling.repetition_penalty
+        self._top_k = sampling.top_k
+        self._seed = sampling.seed
         self._context_length = len(context_ids)
         self._history = list(context_ids)
 

@@ -55,9 +55,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
-            raise BundleError(
-                f"{path}: not a readable tokenizer.json ({error}); repeat the export"
-            ) from error
+            raise BundleError(f"{path}: not a readable tokenizer.json ({error}); repeat the export") from error
         return cls(backend, chat_template, special_tokens, end_tokens)
 
     def encode(self, text: str) -> list[int]:
@@ -69,9 +67,7 @@ class Tokenizer:
         bos = self._special_tokens.get("bos_token")
         return self._encode(text, add_special_tokens=not (bos and text.startswith(bos)))
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Ids of `apply_chat`; every special token comes from the template, as in transformers.
 
         Raises:

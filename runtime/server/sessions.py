@@ -12,7 +12,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import CodecError
+from ...errors import CodecError, NonFiniteError
 from ...quant.codec import Codec
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import Refusal, crc_matches, read_sampling
@@ -109,12 +109,11 @@ class Session:
 
     def _decode(self, frame: pb.Frame, codec: Codec) -> NDArray[np.float32]:
         try:
-            hidden = codec.decode(frame.payload, frame.tokens, self._d_model)
+            return codec.decode(frame.payload, frame.tokens, self._d_model)
+        except NonFiniteError as error:
+            raise Refusal("NON_FINITE", str(error)) from error
         except CodecError as error:
             raise Refusal("BAD_FRAME", str(error)) from error
-        if not np.isfinite(hidden).all():
-            raise Refusal("NON_FINITE", "a frame with NaN or infinity: only finite hidden states cross")
-        return hidden
 
 
 @dataclass

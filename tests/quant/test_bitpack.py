@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from isthmus.errors import CodecError
 from isthmus.quant.bitpack import pack, pack_rows, packed_bytes, packed_rows_bytes, unpack, unpack_rows
 

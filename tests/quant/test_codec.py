@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from isthmus.errors import CodecError
 from isthmus.quant.codec import CODECS, make_codec
-from numpy.typing import NDArray
 
 ROWS = {
     "zero": lambda rng, d: np.zeros(d),

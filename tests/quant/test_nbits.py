@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from isthmus.errors import ExportError
 from isthmus.quant.nbits import PACKED_BITS, PackedWeight, dequantize, quantize_rtn, unpack
 from isthmus.quant.opsc import BLOCK_SIZES
 
@@ -170,6 +171,15 @@ def test_the_largest_magnitude_takes_the_lowest_code(bits: int, sign: int) -> No
     assert packed.scales[0, 0] == -sign * 8.0 / middle
     assert unpack(packed.codes, bits)[0, 0, 0] == 0
     assert dequantize(packed)[0, 0] == weight[0, 0]
+
+
+@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_refused(bits: int, value: float) -> None:
+    weight = random_weight(3, 64)
+    weight[1, 40] = value
+    with pytest.raises(ExportError, match="NaN or infinity"):
+        quantize_rtn(weight, bits, 32)
 
 
 values = st.one_of(st.floats(-bound, bound, width=32) for bound in (2.0**126, 2.0, 2.0**-120))

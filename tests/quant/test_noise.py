@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from isthmus.quant.noise import gumbel
 
 MASK = (1 << 64) - 1

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from isthmus.errors import CodecError
 from isthmus.quant.tabq import TabQ
-from numpy.typing import NDArray
 
 TOKEN_BYTES = 5
 

@@ -6,9 +6,10 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
 from isthmus.errors import BundleError, RequestError
 from isthmus.runtime.text import Detokenizer, StopStrings, Tokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. The dog was not amused, the fox was.",
@@ -160,8 +161,7 @@ def test_special_tokens_of_a_chat_come_from_its_template_alone(opening, count):
         CHATML,
         "{{ bos_token }}{% for m in messages %}\n  {% if loop.first %}\n    {{ m | tojson }}\n  {% endif %}\n"
         "{% endfor %}",
-        "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.content | tojson(indent=2) }}"
-        "{% endfor %}",
+        "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.content | tojson(indent=2) }}{% endfor %}",
         "{% generation %}\n{{ messages[-1]['content'] }}\n{% endgeneration %}\n{{ strftime_now('%Y') }}\n",
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
         "{% if not tools and documents is none %}{{ messages | length }}{% endif %}",

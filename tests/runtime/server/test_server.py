@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.message import Message
+
 from isthmus.errors import LinkError, RequestError
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.server.limits import ServerLimits
@@ -263,8 +264,8 @@ def bad_frames() -> dict[str, tuple[bytes, str]]:
         "impossible token count": (step_with_frame(1, 0, 2**32 - 1, row.tobytes()), "BAD_FRAME"),
         "more tokens than payload": (step_with_frame(1, 0, 2, row.tobytes()), "BAD_FRAME"),
         "truncated payload": (step_with_frame(1, 0, 1, row.tobytes()[:-1]), "BAD_FRAME"),
-        "NaN": (step_with_frame(1, 0, 1, poisoned["nan"].tobytes()), "BAD_FRAME"),
-        "infinity": (step_with_frame(1, 0, 1, poisoned["inf"].tobytes()), "BAD_FRAME"),
+        "NaN": (step_with_frame(1, 0, 1, poisoned["nan"].tobytes()), "NON_FINITE"),
+        "infinity": (step_with_frame(1, 0, 1, poisoned["inf"].tobytes()), "NON_FINITE"),
         "step zero": (step_with_frame(0, 0, 1, row.tobytes()), "OUT_OF_ORDER"),
         "step out of order": (step_with_frame(2, 0, 1, row.tobytes()), "OUT_OF_ORDER"),
         "position gap": (step_with_frame(1, 1, 1, row.tobytes()), "BAD_REQUEST"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from isthmus.errors import ProtocolError
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.wire import isthmus_pb2 as pb

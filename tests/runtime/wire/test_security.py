@@ -8,6 +8,7 @@ import stat
 import sys
 
 import pytest
+
 from isthmus.errors import LinkError, SecurityError
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.wire import development
