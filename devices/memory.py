@@ -22,7 +22,7 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """Memory of this process in MB; None where the system does not tell.
+    """Memory of a process in MB; None where the system does not tell.
 
     Attributes:
         resident_mb: pages in memory now, mapped files included.
@@ -35,11 +35,15 @@ class ProcessMemory:
     anonymous_mb: float | None = None
 
 
-def process_memory() -> ProcessMemory:
-    """Read the system's counters: all on Linux, the peak alone on other Unix systems, none elsewhere."""
-    if _STATUS.exists():
-        return parse_status(_STATUS.read_text())
-    if sys.platform == "win32":
+def process_memory(pid: int | None = None) -> ProcessMemory:
+    """Read the system's counters of this process, or on Linux of another one.
+
+    All are there on Linux, the peak alone on other Unix systems, none elsewhere.
+    """
+    status = _STATUS if pid is None else Path(f"/proc/{pid}/status")
+    if status.exists():
+        return parse_status(status.read_text())
+    if pid is not None or sys.platform == "win32":
         return ProcessMemory()
     import resource
 

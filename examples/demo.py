@@ -15,7 +15,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from isthmus import EdgeModel
-from isthmus.devices.memory import process_memory
+from isthmus.devices.memory import ProcessMemory, process_memory
 from isthmus.runtime.edge.model import Generation
 
 FOLDER = Path("build/demo")
@@ -82,7 +82,7 @@ def agreement(model: str, prompt_ids: list[int], result: Generation) -> float:
     return float((choices == result.token_ids).mean())
 
 
-def print_table(device: EdgeModel, result: Generation, memory: dict[str, object], agreeing: float) -> None:
+def print_table(device: EdgeModel, result: Generation, memory: dict[str, ProcessMemory], agreeing: float) -> None:
     """Print what the generation cost."""
     arch = device.manifest.architecture
     sent = result.prompt_tokens + result.new_tokens - 1
@@ -96,11 +96,17 @@ def print_table(device: EdgeModel, result: Generation, memory: dict[str, object]
         ["bytes up per token", f"{result.bytes_up / sent:.0f} ({raw16 * sent / result.bytes_up:.2f}x below 16 bit)"],
         ["round trips", f"{result.round_trips} for {result.new_tokens} tokens"],
         ["layers on the device", f"{device.manifest.split} of {arch.layers} ({FRONT_BITS} bit; back {BACK_BITS} bit)"],
-        *([f"memory, {side}", str(reading)] for side, reading in memory.items()),
+        *([f"memory, {side}", describe(reading)] for side, reading in memory.items()),
         ["agreement with the unsplit float model", f"{agreeing:.1%} of {result.new_tokens} tokens, greedy"],
     ]
     print(tabulate(rows, tablefmt="simple"))
     print("\nThe default model's file holds about 4 bits a weight; the float model is that file, dequantized.")
+
+
+def describe(memory: ProcessMemory) -> str:
+    """Peak and anonymous memory, where the system tells them."""
+    known = {"peak resident": memory.peak_resident_mb, "anonymous": memory.anonymous_mb}
+    return ", ".join(f"{value:.0f} MB {name}" for name, value in known.items() if value is not None)
 
 
 if __name__ == "__main__":
