@@ -47,7 +47,8 @@ class Threads:
         """Options for one session.
 
         Raises:
-            RequestError: the process-wide pool has another size already; onnxruntime cannot change it.
+            RequestError: the process spins with another number of threads already, or spins and this model should
+                not; onnxruntime cannot change it.
         """
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -55,6 +56,8 @@ class Threads:
         if self.spin:
             self._size_global_pool()
             options.use_per_session_threads = False
+        elif _global_pool_threads is not None:
+            raise RequestError(f"spin=False: this process already spins with {_global_pool_threads}; use a new process")
         else:
             options.intra_op_num_threads = self.count
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -13,6 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
 from isthmus.devices.backend import Threads
 from isthmus.export.export import export_bundle
 from isthmus.runtime.back import BackEngine
@@ -20,9 +24,6 @@ from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.edge.generate import LocalBack, StepReport, generate_tokens
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.segments import Embedding, Head, LayerStack, StackSession
-from numpy.typing import NDArray
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 BASE_CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -124,7 +125,7 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.fl
     return weights
 
 
-def write_checkpoint(folder: Path, kind: str = "llama", seed: int = 0, **changes: Any) -> Path:
+def write_tiny_checkpoint(folder: Path, kind: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """Write a Hugging Face directory with random weights; ``changes`` replace keys of the kind's config."""
     config = BASE_CONFIG | KINDS[kind] | changes
     folder.mkdir(parents=True)
@@ -148,7 +149,7 @@ class TinyModels:
         """Folder of the checkpoint of a kind (a key of ``KINDS``)."""
         key = f"checkpoint-{kind}"
         if key not in self._made:
-            self._made[key] = write_checkpoint(self._root / key, kind)
+            self._made[key] = write_tiny_checkpoint(self._root / key, kind)
         return self._made[key]
 
     def bundle(self, kind: str = "llama", *, bits: int = 4, split: int | None = None, **options: Any) -> Path:
@@ -166,6 +167,12 @@ class TinyModels:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     return TinyModels(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint() -> Callable[..., Path]:
+    """Writes a checkpoint of its own: ``(folder, kind, seed, **config)``."""
+    return write_tiny_checkpoint
 
 
 @pytest.fixture
@@ -288,7 +295,7 @@ def local_model() -> Callable[[Path], LocalModel]:
 
 @pytest.fixture(scope="session")
 def chunking_digests() -> Callable[..., list[dict[str, str]]]:
-    """Runs ``digest_chunkings.py``: ``(device halves, tokens=…, threads=…, spin=…)``."""
+    """Runs ``digest_chunkings.py``: ``(bundles, tokens=…, threads=…, spin=…)``."""
 
     def run(folders: Sequence[Path], *, tokens: int, threads: int, spin: bool) -> list[dict[str, str]]:
         program = Path(__file__).with_name("digest_chunkings.py")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from isthmus.runtime.wire import development
 
 ISTHMUS = [sys.executable, "-m", "isthmus.cli.main"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+
 from isthmus.cli import pull as pull_command
 from isthmus.errors import ModelError
 from isthmus.export import catalog

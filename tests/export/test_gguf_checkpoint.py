@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from isthmus.errors import ModelError
 from isthmus.export import gguf_file
 from isthmus.export.catalog import pull

@@ -1,8 +1,9 @@
 import pytest
+from tokenizers import Tokenizer
+
 from isthmus.errors import ModelError
 from isthmus.export.catalog import pull
 from isthmus.export.checkpoint import open_checkpoint
-from tokenizers import Tokenizer
 
 TEXTS = [
     "Hello world",

@@ -5,11 +5,12 @@ import tracemalloc
 import ml_dtypes
 import numpy as np
 import pytest
-from isthmus.errors import ModelError
-from isthmus.export.checkpoint import normalize_config, open_checkpoint
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
+
+from isthmus.errors import ModelError
+from isthmus.export.checkpoint import normalize_config, open_checkpoint
 
 CONFIG = {
     "model_type": "llama",

@@ -1,6 +1,7 @@
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
 from isthmus.errors import ModelError
 from isthmus.export import sources
 from isthmus.export.sources import resolve_model

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from isthmus.quant.codec import Raw32
 from isthmus.runtime.bundle import Architecture, KVSpec, Manifest, Source
 from isthmus.runtime.edge.link import RemoteBack

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+
 from isthmus.errors import CodecError, LinkError, ProtocolError, RequestError
 from isthmus.quant.codec import Raw16
 from isthmus.runtime.sampling import Sampling

@@ -1,0 +1,133 @@
+"""Embedding rows, the KV cache and its bounds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from isthmus.devices.backend import Graph, Threads
+from isthmus.errors import BundleError, RequestError
+from isthmus.quant.nbits import dequantize, quantize_rtn
+from isthmus.quant.opsc import WEIGHT_BITS
+from isthmus.runtime.bundle import KVSpec, open_bundle
+from isthmus.runtime.segments import MAX_LANES, Embedding, KVCache
+
+Models = Callable[[Path], Any]
+
+IDS = [0, 255, 7, 7, 128]
+
+
+def expected_rows(checkpoint: Path, bits: int) -> np.ndarray:
+    table = load_file(checkpoint / "model.safetensors")["model.embed_tokens.weight"]
+    if bits >= 16:
+        return table.astype(np.float16 if bits == 16 else np.float32).astype(np.float32)[IDS]
+    return dequantize(quantize_rtn(table, bits, 32))[IDS]
+
+
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+@pytest.mark.parametrize(("kind", "split"), [("llama", None), ("llama", 2), ("llama-untied", None)])
+def test_embedding_rows_are_the_table_s_at_its_precision(tiny: Any, bits: int, kind: str, split: int | None) -> None:
+    bundle = open_bundle(tiny.bundle(kind, bits=bits, split=split), "device")
+    rows = Embedding(bundle).rows(IDS)
+    assert rows.dtype == np.float32
+    assert np.array_equal(rows, expected_rows(tiny.checkpoint(kind), bits))
+
+
+def test_a_tied_packed_table_is_stored_once(tiny: Any) -> None:
+    tied, untied, split = (
+        open_bundle(tiny.bundle(kind, bits=4, split=at), "device")
+        for kind, at in (("llama", None), ("llama-untied", None), ("llama", 2))
+    )
+    assert tied.segments("embed")[0].data_file == tied.segments("head")[0].data_file
+    assert untied.segments("embed")[0].data_file != untied.segments("head")[0].data_file
+    assert not split.segments("head")
+    assert not (tied.folder / "embed.data").exists()
+
+
+def test_a_table_and_a_head_of_different_precision_are_stored_apart(tiny: Any) -> None:
+    bundle = open_bundle(tiny.bundle(bits=4, embed_bits=8), "device")
+    assert np.array_equal(Embedding(bundle).rows(IDS), expected_rows(tiny.checkpoint("llama"), 8))
+
+
+@pytest.mark.parametrize("token", [-1, 256, 1 << 40])
+def test_an_id_outside_the_vocabulary_is_refused(tiny: Any, token: int) -> None:
+    embedding = Embedding(open_bundle(tiny.bundle(), "device"))
+    with pytest.raises(RequestError, match=f"token id {token}: must lie between 0 and 255"):
+        embedding.rows([3, token])
+
+
+def test_a_cache_is_as_large_as_it_says_and_keeps_a_spare_row() -> None:
+    spec = KVSpec("float32", kv_heads=2, head_dim=16)
+    cache = KVCache(range(3, 6), spec, capacity=10)
+    assert cache.nbytes == KVCache.bytes_for(3, spec, 10) == 2 * 3 * 2 * 11 * 16 * 4
+    assert {layer for _, layer in cache.values} == {3, 4, 5}
+
+
+@pytest.mark.parametrize("length", [-1, 6])
+def test_rolling_back_to_where_nothing_is_is_refused(tiny: Any, local_model: Models, length: int) -> None:
+    session = local_model(tiny.bundle()).session(8)
+    session.forward([1, 2, 3, 4, 5])
+    with pytest.raises(RequestError, match=f"roll back to {length}: must lie between 0 and 5"):
+        session.truncate(length)
+
+
+def test_a_session_takes_its_capacity_and_not_one_more(tiny: Any, local_model: Models) -> None:
+    model = local_model(tiny.bundle())
+    session = model.session(8)
+    session.forward([1, 2, 3, 4, 5])
+    with pytest.raises(RequestError, match="5 positions and 4 more: this session was opened for 8"):
+        session.forward([1, 2, 3, 4])
+    # The refusal changed nothing, and the last position is as good as in a larger session.
+    hidden, _ = session.forward([6, 7, 8])
+    assert np.array_equal(hidden, model.session(100).forward([1, 2, 3, 4, 5, 6, 7, 8])[0][5:])
+
+
+def test_more_chunk_lengths_than_there_are_buffers_give_the_same_hidden_states(tiny: Any, local_model: Models) -> None:
+    lengths = [*range(1, MAX_LANES + 4), *range(MAX_LANES + 3, 0, -1)]
+    ids = np.random.default_rng(0).integers(0, 256, sum(lengths)).tolist()
+    model = local_model(tiny.bundle())
+    assert np.array_equal(model.run(ids, lengths)[0], model.run(ids, [len(ids)])[0])
+
+
+def test_a_graph_that_onnxruntime_cannot_open_is_named(tmp_path: Path) -> None:
+    (tmp_path / "block.onnx").write_bytes(b"no graph")
+    with pytest.raises(BundleError, match=r"block\.onnx: onnxruntime .* cannot open it"):
+        Graph(tmp_path / "block.onnx", Threads())
+
+
+@pytest.mark.parametrize("count", [0, -2])
+def test_fewer_threads_than_one_are_refused(count: int) -> None:
+    with pytest.raises(RequestError, match=f"threads={count}: must be at least 1"):
+        Threads(count)
+
+
+SPIN_THEN = """
+import sys
+from pathlib import Path
+from isthmus.devices.backend import Graph, Threads
+from isthmus.errors import RequestError
+Graph(Path(sys.argv[1]), Threads(2, spin=True))
+Graph(Path(sys.argv[1]), Threads(2, spin=True))
+for other in (Threads(1, spin=True), Threads(2)):
+    try:
+        Graph(Path(sys.argv[1]), other)
+    except RequestError as error:
+        print(error)
+"""
+
+
+def test_a_process_that_spins_keeps_to_its_pool(tiny: Any) -> None:
+    graph = next((tiny.bundle() / "device").glob("head.onnx"))
+    command = [sys.executable, "-c", SPIN_THEN, str(graph)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "threads=1: this process already spins with 2; use a new process",
+        "spin=False: this process already spins with 2; use a new process",
+    ]

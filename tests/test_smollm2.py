@@ -1,0 +1,104 @@
+"""The default model cut in two: bit for bit the unsplit model, and as close to the float model as its bits allow."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isthmus.export.catalog import pull
+from isthmus.export.export import export_bundle
+from isthmus.runtime.bundle import Manifest, open_bundle
+from isthmus.runtime.text import Tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+LAYERS = 30
+NEW_TOKENS = 64
+PROMPTS = [
+    "Once upon a time",
+    "The three colours of the flag are",
+    "def fibonacci(n):\n",
+    "Water boils at 100 degrees Celsius because",
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> str:
+    return str(pull("smollm2-135m-instruct"))
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+    """Exports each recipe once; the bundles are large, so that they go when the module is done."""
+    root = tmp_path_factory.mktemp("smollm2")
+    made: dict[str, Path] = {}
+
+    def export(**options: Any) -> Path:
+        key = str(sorted(options.items()))
+        if key not in made:
+            made[key] = root / str(len(made))
+            export_bundle(checkpoint, made[key], **options)
+        return made[key]
+
+    yield export
+    shutil.rmtree(root)
+
+
+@pytest.fixture(scope="module")
+def unsplit(exported: Callable[..., Path]) -> Path:
+    return exported(split=None, front_bits=4, max_length=128)
+
+
+@pytest.fixture(scope="module")
+def mixed(exported: Callable[..., Path]) -> Path:
+    """4 bits in front of layer 10, 8 bits behind: the default recipe."""
+    return exported(split=10, front_bits=4, back_bits=8)
+
+
+def manifest_of(folder: Path) -> Manifest:
+    return open_bundle(folder, "device", verify=False).manifest
+
+
+def test_chunks_and_threads_change_no_bit_at_4_and_8_bits(
+    unsplit: Path, mixed: Path, chunking_digests: Callable[..., Any]
+) -> None:
+    one = chunking_digests([unsplit, mixed], tokens=64, threads=1, spin=False)
+    assert [len(set(digests.values())) for digests in one] == [1, 1]
+    assert chunking_digests([unsplit, mixed], tokens=64, threads=2, spin=False) == one
+
+
+def test_every_split_generates_what_the_unsplit_model_generates(
+    unsplit: Path, exported: Callable[..., Path], local_model: Callable[[Path], Any]
+) -> None:
+    manifest = manifest_of(unsplit)
+    tokenizer = Tokenizer.from_file(unsplit / "device" / "tokenizer.json", special_tokens=manifest.special_tokens)
+    prompts = [tokenizer.encode(text) for text in PROMPTS]
+    expected = [local_model(unsplit).generate(ids, NEW_TOKENS) for ids in prompts]
+    assert "Paris" in tokenizer.decode(expected[-1])
+    for split in (1, 10, 20, LAYERS - 1):
+        folder = exported(split=split, front_bits=4, back_bits=4, max_length=128)
+        model = local_model(folder)
+        assert [model.generate(ids, NEW_TOKENS, chunk=7) for ids in prompts] == expected, f"split {split}"
+
+
+def test_the_default_recipe_stays_close_to_the_float_model(mixed: Path) -> None:
+    report = manifest_of(mixed).validation
+    assert report["tokens"] == 512
+    assert 0 < report["kl"] < 0.15
+    assert 0.8 < report["top1_agreement"] <= 1
+    assert report["perplexity"] < 1.1 * report["reference_perplexity"]
+
+
+def test_the_float_model_is_that_of_transformers(exported: Callable[..., Path]) -> None:
+    pytest.importorskip("transformers")
+    folder = exported(split=None, front_bits=32, embed_bits=32, head_bits=32, compare_transformers=True)
+    report = manifest_of(folder).validation
+    shutil.rmtree(folder)
+    assert report["tokens"] == 512
+    assert report["transformers"]["logits_max_abs"] < 1e-3
+    assert report["transformers"]["top1_agreement"] >= 0.99
