@@ -31,7 +31,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embed-bits", type=int, choices=WEIGHT_BITS, help="default: 8, or the front's if higher")
     parser.add_argument("--head-bits", type=int, choices=WEIGHT_BITS, help="default: 8, or the back's if higher")
     parser.add_argument(
-        "--block-size", type=int, default=32, metavar="N", help="weights that share a scale (default 32)"
+        "--block-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="weights that share a scale: 16, 32, 64 or 128 (default 32)",
     )
     parser.add_argument("--layers-per-block", type=int, default=5, metavar="N", help="layers in one file (default 5)")
     parser.add_argument("--max-length", type=int, metavar="N", help="context, prompt and new tokens (default 2048)")

@@ -67,7 +67,7 @@ def export_bundle(
         back_bits: weight bits of the server's layers.
         embed_bits: bits of the embedding table; by default 8, or more if the front has more.
         head_bits: bits of the vocabulary head; by default 8, or more if the back has more.
-        block_size: weights that share a scale.
+        block_size: weights that share a scale: 16, 32, 64 or 128, see `isthmus.quant.opsc.BLOCK_SIZES`.
         layers_per_block: most layers in one ONNX file.
         max_length: most positions of a session; by default 2048 or the model's own limit if that is lower.
         compare_transformers: also validate against transformers' own model (needs torch and transformers).

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 from ..devices.backend import Graph, Threads
@@ -25,10 +28,13 @@ from .families.common import EMBEDDING, FINAL_NORM, HEAD
 from .graph import GraphWriter
 from .progress import Progress
 
+PROBE_TOKENS = 6  # enough for odd and even counts: kernels compute rows in pairs
 HEAD_ROWS = 64  # logits of that many tokens are in memory at a time
 FLOAT_TOLERANCE = 0.05  # a float bundle's logits may differ from the float reference's by this much
 
 Hidden = NDArray[np.float32]
+
+logger = logging.getLogger(__name__)
 
 
 def validation_text() -> str:
@@ -120,7 +126,8 @@ class Validator:
             transformers_logits: ``[tokens, vocab_size]`` of transformers' own model, to be compared as well.
 
         Returns:
-            ``tokens``; ``segments``: each segment's ``max_abs`` and ``relative`` (median over tokens of the error's
+            ``tokens``; ``chunking_exact``: whether a token's bits are the same in chunks of other lengths;
+            ``segments``: each segment's ``max_abs`` and ``relative`` (median over tokens of the error's
             norm by the output's) difference when both get the float reference's input; ``logits_max_abs``,
             ``top1_agreement``, ``kl`` (mean, nats), ``perplexity`` and ``reference_perplexity`` of the whole chain;
             ``transformers``, the same against its logits, if given.
@@ -133,9 +140,11 @@ class Validator:
         reference = self.reference.embed(ids)
         chained = self._embedding(reference)
         differences = {"embed": _difference(reference, chained)}
+        exact = []
         for segment in (segment for segment in segments if segment.kind == "block"):
             graph = Graph(self.root / segment.half / segment.graph_file, Threads())
             span = range(segment.first_layer, segment.last_layer)
+            exact.append(_chunking_exact(partial(run_block, graph, span, arch), reference))
             isolated = run_block(graph, span, arch, reference)
             chained = run_block(graph, span, arch, chained)
             for layer in span:
@@ -145,6 +154,7 @@ class Validator:
         progress("validating head", arch.layers, steps)
         head = next(segment for segment in segments if segment.kind == "head")
         graph = Graph(self.root / head.half / head.graph_file, Threads())
+        exact.append(_chunking_exact(partial(run_head, graph), reference))
         totals, outside = _Totals(ids), _Totals(ids)
         drifts = []
         for rows, expected in self.reference.logits(reference):
@@ -156,6 +166,7 @@ class Validator:
         differences["head"] = {key: max(drift[key] for drift in drifts) for key in drifts[0]}
         progress("validated", steps, steps)
         report = {"tokens": len(ids), "reference": "the float32 model", "segments": differences}
+        report["chunking_exact"] = all(exact)
         report |= totals.summary()
         if transformers_logits is not None:
             report["transformers"] = outside.summary()
@@ -170,6 +181,12 @@ class Validator:
         ]
         if not np.isfinite(numbers).all():
             raise ExportError("validation: the exported segments give NaN or infinity; the checkpoint may be damaged")
+        if not report["chunking_exact"]:
+            logger.warning(
+                "this onnxruntime (%s) computes a token differently in chunks of other lengths: a text may then depend "
+                "on how it was drafted, batched or resumed",
+                onnxruntime.__version__,
+            )
         recipe = self.recipe
         all_float = min(recipe.front_bits, recipe.back_bits, recipe.embed_bits, recipe.head_bits) == 32
         if all_float and report["logits_max_abs"] > FLOAT_TOLERANCE:
@@ -183,6 +200,12 @@ class Validator:
         if bits in PACKED_BITS:
             return dequantize(quantize_rtn(rows, bits, self.recipe.block_size))
         return rows.astype(np.float16).astype(np.float32) if bits == 16 else rows
+
+
+def _chunking_exact(run: Callable[[Hidden], Hidden], hidden: Hidden) -> bool:
+    """Whether a segment gives the first tokens of a text the same bits however few of them it runs."""
+    whole = run(hidden[:PROBE_TOKENS])
+    return all(np.array_equal(run(hidden[:tokens]), whole[:tokens]) for tokens in range(1, len(whole)))
 
 
 def _difference(expected: Hidden, actual: Hidden) -> dict[str, float]:

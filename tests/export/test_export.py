@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from isthmus.errors import ExportError, ModelError
+from isthmus.export import validate
 from isthmus.export.export import export_bundle
 from isthmus.export.validate import validation_text
 from isthmus.quant.opsc import WEIGHT_BITS
@@ -370,3 +371,11 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, write_ch
     # of one float and one packed layer.
     assert writing < 3 * one_layer
     assert validating < 6 * one_layer < layers * one_layer
+
+
+def test_the_report_says_whether_chunks_of_other_lengths_give_the_same_bits(tiny):
+    report = open_bundle(tiny.bundle(bits=4, split=2), "device").manifest.validation
+    assert report["chunking_exact"] is True
+    hidden = np.ones((8, 4), np.float32)
+    assert validate._chunking_exact(lambda rows: rows * 2, hidden)
+    assert not validate._chunking_exact(lambda rows: rows + len(rows) % 2, hidden)
