@@ -11,7 +11,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """Yield ``progress(what, done, total)``, shown as a bar that a change of ``total`` starts anew."""
     from tqdm import tqdm
 
-    bar = tqdm(total=0, bar_format="{desc:<28} {bar:30} {n_fmt}/{total_fmt} {elapsed}", leave=False)
+    bar = tqdm(total=0, bar_format="{desc:<28} {bar:30} {n_fmt}/{total_fmt} {elapsed}", leave=False, disable=None)
 
     def progress(what: str, done: int, total: int) -> None:
         bar.total, bar.n = total, done

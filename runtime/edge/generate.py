@@ -60,8 +60,8 @@ class Back(Protocol):
         """Take hidden states ``[tokens, d_model]`` of consecutive positions; give a token if asked for one."""
         ...
 
-    def close(self) -> None:
-        """End the session."""
+    def close(self, *, cancel: bool = False) -> None:
+        """End the session; with ``cancel`` drop the steps on their way."""
         ...
 
 
@@ -93,7 +93,7 @@ class LocalBack:
         self._sampler.accept(token)
         return StepReport(token=token, wait_s=perf_counter() - started, onnxruntime_s=onnxruntime_s)
 
-    def close(self) -> None:
+    def close(self, *, cancel: bool = False) -> None:
         """Nothing to end."""
 
 

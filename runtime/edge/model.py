@@ -124,7 +124,7 @@ class TextStream:
 
     def close(self) -> None:
         """End the session, here and on the server. Safe to call twice."""
-        self._back.close()
+        self._back.close(cancel=self._finish_reason == "interrupted")
 
     def __enter__(self) -> Self:
         return self
