@@ -4,13 +4,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := quant devices export runtime cli
 
-.PHONY: demo test quick lint bench proto clean
+.PHONY: demo test quick oldest lint bench proto clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: lint
 	$(BIN)/python -m pytest
+	$(MAKE) oldest
+
+# What depends on onnxruntime's kernels, on the oldest version that a bundle accepts.
+OLDEST := 1.30.0
+oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	grep -v '^onnxruntime=' constraints.txt > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt \
+		onnxruntime==$(OLDEST) pytest pytest-timeout hypothesis --editable '.[server,export]'
+	$(VENV)-oldest/bin/python -m pytest tests/runtime/test_invariance.py tests/runtime/test_segments.py
 
 # Without the tests that need the default model or more than a few seconds.
 quick: lint
@@ -47,4 +57,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

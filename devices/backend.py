@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import BundleError, RequestError
 
-MINIMUM_ONNXRUNTIME = "1.28.0"  # the first with an int8 path for 2-bit weights; 4 and 8 bits would run from 1.24
+MINIMUM_ONNXRUNTIME = "1.30.0"  # 1.28 and 1.29 crash in these graphs
 
 _global_pool_threads: int | None = None
 
@@ -23,6 +23,13 @@ def default_threads() -> int:
     """Processors that this process may use, at most four: small models gain nothing from more."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return min(affinity, 4)
+
+
+def require_onnxruntime(minimum: str) -> None:
+    """Raise `BundleError` if the installed onnxruntime is older than a bundle's ``minimum``, such as ``1.30.0``."""
+    installed, needed = (tuple(int(part) for part in version.split(".")[:2]) for version in (ort.__version__, minimum))
+    if installed < needed:
+        raise BundleError(f"onnxruntime {ort.__version__}: this bundle needs {minimum} or newer; upgrade onnxruntime")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ..devices.backend import Graph, Threads
+from ..devices.backend import Graph, Threads, require_onnxruntime
 from ..errors import RequestError
 from ..quant.nbits import PACKED_BITS, unpack
 from .bundle import Bundle, KVSpec
@@ -105,6 +105,7 @@ class LayerStack:
     """The blocks of one bundle half, opened once and shared by its sessions."""
 
     def __init__(self, bundle: Bundle, threads: Threads) -> None:
+        require_onnxruntime(bundle.manifest.minimum_onnxruntime)
         self.manifest = bundle.manifest
         self.blocks = [
             (segment, Graph(bundle.path(segment.graph_file), threads)) for segment in bundle.segments("block")

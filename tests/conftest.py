@@ -209,7 +209,7 @@ class InProcessBack:
         self._session.advance(hidden)
         return StepReport(token=self._session.sample() if sample else None)
 
-    def close(self) -> None:
+    def close(self, *, cancel: bool = False) -> None:
         self._session.close()
 
 

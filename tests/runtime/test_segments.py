@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from isthmus.errors import BundleError, RequestError
 from isthmus.quant.nbits import dequantize, quantize_rtn
 from isthmus.quant.opsc import WEIGHT_BITS
 from isthmus.runtime.bundle import KVSpec, open_bundle
-from isthmus.runtime.segments import MAX_LANES, Embedding, KVCache
+from isthmus.runtime.segments import MAX_LANES, Embedding, KVCache, LayerStack
 
 Models = Callable[[Path], Any]
 
@@ -131,3 +132,10 @@ def test_a_process_that_spins_keeps_to_its_pool(tiny: Any) -> None:
         "threads=1: this process already spins with 2; use a new process",
         "spin=False: this process already spins with 2; use a new process",
     ]
+
+
+def test_a_bundle_for_a_newer_onnxruntime_is_refused(tiny):
+    bundle = open_bundle(tiny.bundle(bits=4), "device")
+    newer = replace(bundle, manifest=replace(bundle.manifest, minimum_onnxruntime="99.0.0"))
+    with pytest.raises(BundleError, match=r"needs 99\.0\.0"):
+        LayerStack(newer, Threads(1))
