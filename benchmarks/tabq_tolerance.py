@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from isthmus import export_bundle
-from isthmus.devices.backend import Threads
+from isthmus.devices.backend import default_threads
 from isthmus.export.validate import log_softmax, validation_text
 from isthmus.quant.codec import Codec, make_codec
 from isthmus.quant.tabq import TabQ
@@ -35,8 +35,8 @@ class Halves:
 
     def __init__(self, folder: Path) -> None:
         device, server = open_bundle(folder, "device"), open_bundle(folder, "server")
-        self.embedding, self.front = Embedding(device), LayerStack(device, Threads())
-        self.back, self.head = LayerStack(server, Threads()), Head(server, Threads())
+        self.embedding, self.front = Embedding(device), LayerStack(device, default_threads())
+        self.back, self.head = LayerStack(server, default_threads()), Head(server, default_threads())
         self.tokenizer = Tokenizer.from_file(str(device.path("tokenizer.json")))
 
     def hidden(self, ids: list[int]) -> NDArray[np.float32]:

@@ -12,7 +12,6 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..devices.backend import Threads
     from ..runtime.edge.model import EdgeModel, Generation
 
 
@@ -24,24 +23,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     trust.add_argument("--insecure", action="store_true", help="plaintext, for trusted links only")
     parser.add_argument("--codec", default="tabq", help="raw32, raw16 or tabq (default tabq)")
     parser.add_argument("--tolerance", type=float, metavar="X", help="tabq: relative error that a token may have")
-    add_thread_options(parser)
-
-
-def add_thread_options(parser: argparse.ArgumentParser) -> None:
-    """Declare how onnxruntime uses the processor, for every command that runs segments."""
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
-    parser.add_argument(
-        "--spin",
-        action="store_true",
-        help="waiting threads stay busy: faster on an idle machine, slower on a shared one",
-    )
-
-
-def threads_of(args: argparse.Namespace) -> Threads:
-    """The choice that `add_thread_options` declared."""
-    from ..devices.backend import Threads, default_threads
-
-    return Threads(default_threads() if args.threads is None else args.threads, spin=args.spin)
 
 
 def open_model(args: argparse.Namespace) -> EdgeModel:
@@ -57,7 +39,7 @@ def open_model(args: argparse.Namespace) -> EdgeModel:
         security=ChannelSecurity(ca_file=Path(args.tls_ca) if args.tls_ca else None, insecure=args.insecure),
         codec=args.codec,
         codec_options={} if args.tolerance is None else {"tolerance": args.tolerance},
-        threads=threads_of(args),
+        threads=args.threads,
     )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .generate import add_thread_options, threads_of
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -20,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain, with --tls-key")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key, without a password")
     parser.add_argument("--insecure", action="store_true", help="plaintext instead of TLS")
-    add_thread_options(parser)
+    parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
     parser.add_argument("--max-sessions", type=int, metavar="N", help="sessions at once (default: 64)")
     parser.add_argument(
         "--lease",
@@ -41,9 +39,7 @@ def run(args: argparse.Namespace) -> int:
     security = ServerSecurity(insecure=args.insecure, cert_file=args.tls_cert, key_file=args.tls_key)
     chosen = {"max_sessions": args.max_sessions, "lease_s": args.lease}
     limits = ServerLimits(**{name: value for name, value in chosen.items() if value is not None})
-    server = BackServer.from_bundle(
-        args.bundle, args.listen, threads=threads_of(args), security=security, limits=limits
-    )
+    server = BackServer.from_bundle(args.bundle, args.listen, threads=args.threads, security=security, limits=limits)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:

@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ..devices.backend import Graph, Threads
+from ..devices.backend import Graph, default_threads
 from ..errors import ExportError
 from ..quant.nbits import PACKED_BITS, dequantize, quantize_rtn
 from ..quant.opsc import Recipe
@@ -64,14 +64,16 @@ class FloatModel:
         with self._builder() as builder:
             names = {index: self.family.tensors(self.arch, index)}
             build_block(builder, self.checkpoint.tensor, names, len(hidden))
-            return run_block(Graph(builder.writer.graph_path, Threads()), range(index, index + 1), self.arch, hidden)
+            return run_block(
+                Graph(builder.writer.graph_path, default_threads()), range(index, index + 1), self.arch, hidden
+            )
 
     def logits(self, hidden: Hidden) -> Iterator[tuple[slice, Hidden]]:
         """Logits of a few tokens at a time, with the rows that they belong to."""
         with self._builder() as builder:
             weight = EMBEDDING if self.arch.tied_embeddings else HEAD
             build_head(builder, self.checkpoint.tensor(FINAL_NORM), self.checkpoint.tensor(weight))
-            graph = Graph(builder.writer.graph_path, Threads())
+            graph = Graph(builder.writer.graph_path, default_threads())
             for first in range(0, len(hidden), HEAD_ROWS):
                 rows = slice(first, first + HEAD_ROWS)
                 yield rows, run_head(graph, hidden[rows])
@@ -142,7 +144,7 @@ class Validator:
         differences = {"embed": _difference(reference, chained)}
         exact = []
         for segment in (segment for segment in segments if segment.kind == "block"):
-            graph = Graph(self.root / segment.half / segment.graph_file, Threads())
+            graph = Graph(self.root / segment.half / segment.graph_file, default_threads())
             span = range(segment.first_layer, segment.last_layer)
             exact.append(_chunking_exact(partial(run_block, graph, span, arch), reference))
             isolated = run_block(graph, span, arch, reference)
@@ -153,7 +155,7 @@ class Validator:
             differences[segment.name] = _difference(reference, isolated)
         progress("validating head", arch.layers, steps)
         head = next(segment for segment in segments if segment.kind == "head")
-        graph = Graph(self.root / head.half / head.graph_file, Threads())
+        graph = Graph(self.root / head.half / head.graph_file, default_threads())
         exact.append(_chunking_exact(partial(run_head, graph), reference))
         totals, outside = _Totals(ids), _Totals(ids)
         drifts = []

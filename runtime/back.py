@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..devices.backend import Threads
+from ..devices.backend import default_threads
 from .bundle import Bundle, Manifest, open_bundle
 from .sampling import Sampler, Sampling
 from .segments import Head, LayerStack, StackSession
@@ -17,20 +17,20 @@ from .segments import Head, LayerStack, StackSession
 class BackEngine:
     """An opened back half. Not thread-safe: one thread runs all its sessions."""
 
-    def __init__(self, bundle: Bundle, threads: Threads) -> None:
+    def __init__(self, bundle: Bundle, threads: int) -> None:
         self.manifest: Manifest = bundle.manifest
         self.manifest_sha256 = bundle.manifest_sha256
         self._stack = LayerStack(bundle, threads)
         self._head = Head(bundle, threads)
 
     @classmethod
-    def open(cls, folder: str | Path, *, threads: Threads | None = None) -> BackEngine:
+    def open(cls, folder: str | Path, *, threads: int | None = None) -> BackEngine:
         """Open ``OUT/server``, every file checked against the manifest.
 
         Raises:
             BundleError: the folder is no intact server half.
         """
-        return cls(open_bundle(folder, "server"), threads or Threads())
+        return cls(open_bundle(folder, "server"), default_threads() if threads is None else threads)
 
     def new_session(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = ()) -> BackSession:
         """A session of at most ``max_tokens`` positions; ``context_ids`` feed the repetition penalty."""

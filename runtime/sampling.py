@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -88,14 +89,17 @@ class Sampler:
             position: of the token to be chosen: the number of tokens before it, prompt included.
 
         Raises:
-            BundleError: the logits hold NaN or infinity.
+            BundleError: the logits hold NaN, or their maximum is infinite.
             RequestError: a token of the history lies outside the vocabulary.
         """
-        if not np.isfinite(logits).all():
+        greatest = int(logits.argmax())  # NumPy's argmax points to NaN if there is one
+        if not math.isfinite(logits[greatest]):
             raise BundleError(
-                f"logits at position {position} hold NaN or infinity: all must be finite; "
+                f"logits at position {position} hold NaN or infinity: they must be finite; "
                 "the weights are damaged or their precision is too low: check or repeat the export"
             )
+        if self._temperature == 0.0 and self._penalty == 1.0:
+            return greatest
         scores: NDArray[np.floating] = logits
         if self._penalty != 1.0 and self._history:
             scores = self._penalise(logits)

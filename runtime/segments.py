@@ -7,14 +7,13 @@ preallocated and updated in place, and rolling back is a smaller length.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ..devices.backend import Graph, Threads, require_onnxruntime
+from ..devices.backend import Graph, require_onnxruntime
 from ..errors import RequestError
 from ..quant.nbits import PACKED_BITS, unpack
 from .bundle import Bundle, KVSpec
@@ -42,20 +41,22 @@ class Embedding:
         self._rows = np.asarray(rows)  # a memmap, but indexed without its class's cost
         self._d_model = arch.d_model
 
-    def rows(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    def rows(self, token_ids: list[int]) -> NDArray[np.float32]:
         """Hidden states ``[tokens, d_model]`` float32 before the first layer.
 
         Raises:
             RequestError: an id outside the vocabulary.
         """
-        ids = np.asarray(token_ids, np.int64)
-        outside = ids[(ids < 0) | (ids >= self._vocab_size)]
-        if outside.size:
-            raise RequestError(f"token id {outside[0]}: must lie between 0 and {self._vocab_size - 1}")
+        for token in (min(token_ids), max(token_ids)):
+            if not 0 <= token < self._vocab_size:
+                raise RequestError(f"token id {token}: must lie between 0 and {self._vocab_size - 1}")
+        stored = self._rows[token_ids]
         if self._bits not in PACKED_BITS:
-            return self._rows[ids].astype(np.float32)
-        codes = unpack(self._rows[ids], self._bits).astype(np.float32) - (1 << (self._bits - 1))
-        return (codes * self._scales[ids][..., None]).reshape(len(ids), -1)[:, : self._d_model]
+            return stored.astype(np.float32)
+        values = unpack(stored, self._bits).astype(np.float32)
+        values -= 1 << (self._bits - 1)
+        values *= self._scales[token_ids][..., None]
+        return values.reshape(len(token_ids), -1)[:, : self._d_model]
 
 
 class KVCache:
@@ -104,7 +105,7 @@ class _Lane:
 class LayerStack:
     """The blocks of one bundle half, opened once and shared by its sessions."""
 
-    def __init__(self, bundle: Bundle, threads: Threads) -> None:
+    def __init__(self, bundle: Bundle, threads: int) -> None:
         require_onnxruntime(bundle.manifest.minimum_onnxruntime)
         self.manifest = bundle.manifest
         self.blocks = [
@@ -201,7 +202,7 @@ class StackSession:
 class Head:
     """Final norm and vocabulary: hidden states to logits."""
 
-    def __init__(self, bundle: Bundle, threads: Threads) -> None:
+    def __init__(self, bundle: Bundle, threads: int) -> None:
         arch = bundle.manifest.architecture
         self._graph = Graph(bundle.path(bundle.segments("head")[0].graph_file), threads)
         self._hidden = np.zeros((1, 1, arch.d_model), np.float32)

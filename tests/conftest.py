@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,7 +15,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from isthmus.devices.backend import Threads
 from isthmus.export.export import export_bundle
 from isthmus.runtime.back import BackEngine
 from isthmus.runtime.bundle import open_bundle
@@ -216,25 +213,25 @@ class InProcessBack:
 class LocalModel:
     """A whole model in this process, split or not."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, threads: int = 2) -> None:
+        self._threads = threads
         device = open_bundle(folder, "device")
         self.manifest = device.manifest
         self.embedding = Embedding(device)
-        self.front = LayerStack(device, Threads())
+        self.front = LayerStack(device, threads)
         self._last = device if device.manifest.device_only else open_bundle(folder, "server")
 
     @cached_property
     def stacks(self) -> list[LayerStack]:
-        return [self.front] if self.manifest.device_only else [self.front, LayerStack(self._last, Threads())]
+        return [self.front] if self.manifest.device_only else [self.front, LayerStack(self._last, self._threads)]
 
     @cached_property
     def head(self) -> Head:
-        return Head(self._last, Threads())
+        return Head(self._last, self._threads)
 
     @cached_property
     def _engine(self) -> BackEngine:
-        return BackEngine(self._last, Threads())
+        return BackEngine(self._last, self._threads)
 
     def session(self, capacity: int = 256) -> LocalSession:
         return LocalSession(self, [stack.session(capacity) for stack in self.stacks])
@@ -288,19 +285,6 @@ class LocalSession:
 
 
 @pytest.fixture(scope="session")
-def local_model() -> Callable[[Path], LocalModel]:
-    """Opens each bundle once as a `LocalModel`."""
+def local_model() -> Callable[..., LocalModel]:
+    """Opens each bundle once as a `LocalModel`, or once for each number of threads."""
     return cache(LocalModel)
-
-
-@pytest.fixture(scope="session")
-def chunking_digests() -> Callable[..., list[dict[str, str]]]:
-    """Runs ``digest_chunkings.py``: ``(bundles, tokens=…, threads=…, spin=…)``."""
-
-    def run(folders: Sequence[Path], *, tokens: int, threads: int, spin: bool) -> list[dict[str, str]]:
-        program = Path(__file__).with_name("digest_chunkings.py")
-        arguments = [str(tokens), str(threads), "spin" if spin else "sleep", *map(str, folders)]
-        done = subprocess.run([sys.executable, str(program), *arguments], stdout=subprocess.PIPE, check=True)
-        return json.loads(done.stdout)
-
-    return run

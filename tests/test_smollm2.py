@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from isthmus.export.catalog import pull
@@ -64,12 +65,17 @@ def manifest_of(folder: Path) -> Manifest:
     return open_bundle(folder, "device", verify=False).manifest
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 def test_chunks_and_threads_change_no_bit_at_4_and_8_bits(
-    unsplit: Path, mixed: Path, chunking_digests: Callable[..., Any]
+    unsplit: Path, mixed: Path, local_model: Callable[..., Any], threads: int
 ) -> None:
-    one = chunking_digests([unsplit, mixed], tokens=64, threads=1, spin=False)
-    assert [len(set(digests.values())) for digests in one] == [1, 1]
-    assert chunking_digests([unsplit, mixed], tokens=64, threads=2, spin=False) == one
+    ids = np.random.default_rng(3).integers(0, 49152, 64).tolist()
+    for folder in (unsplit, mixed):
+        hidden, logits = local_model(folder, threads=1).run(ids, [64])
+        for chunks in ([64], [1] * 64, [2] * 32, [1, 7, 2, 1, 33, 20]):
+            again = local_model(folder, threads=threads).run(ids, chunks)
+            assert np.array_equal(again[0], hidden)
+            assert np.array_equal(again[1], logits)
 
 
 def test_every_split_generates_what_the_unsplit_model_generates(

@@ -179,7 +179,7 @@ def bench(
                     samples.append(count / seconds)
                     decoded += tokens_made if kind == "tg" else []
                 progress(f"{kind}{count}", repetition + 1, repetitions)
-            results.append(BenchResult(f"{kind}{count}", model.threads.count, tuple(samples)))
+            results.append(BenchResult(f"{kind}{count}", model.threads, tuple(samples)))
     return BenchReport(
         results=tuple(results),
         peak_rss_mb=process_memory().peak_resident_mb,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +16,7 @@ from ..segments import Embedding, Head, StackSession
 PREFILL_CHUNK = 128  # tokens; the front computes a chunk while the server computes the one before
 
 
-@dataclass(frozen=True)
-class StepReport:
+class StepReport(NamedTuple):
     """What one step behind the split cost. Times are in seconds, sizes in bytes on the stream.
 
     Attributes:
@@ -97,8 +95,7 @@ class LocalBack:
         """Nothing to end."""
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One generated token.
 
     Attributes:
@@ -115,10 +112,10 @@ class Token:
     layers: int
     bytes_up: int
     bytes_down: int
-    front_s: float = field(compare=False)
-    front_onnxruntime_s: float = field(compare=False)
-    total_s: float = field(compare=False)
-    report: StepReport = field(compare=False)
+    front_s: float
+    front_onnxruntime_s: float
+    total_s: float
+    report: StepReport
 
 
 def generate_tokens(
@@ -144,7 +141,7 @@ def generate_tokens(
         pending = [token.id]
 
 
-def _step(embedding: Embedding, front: StackSession, back: Back, ids: Sequence[int], layers: int) -> Token:
+def _step(embedding: Embedding, front: StackSession, back: Back, ids: list[int], layers: int) -> Token:
     """Run ids through front and back, in chunks, and take the token after the last."""
     started = perf_counter()
     chunk = min(back.chunk_limit(), PREFILL_CHUNK)

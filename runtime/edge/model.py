@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ...devices.backend import Threads
+from ...devices.backend import default_threads
 from ...errors import RequestError
 from ...quant.codec import make_codec
 from ..bundle import open_bundle
@@ -169,7 +169,7 @@ class EdgeModel:
         security: ChannelSecurity | None = None,
         codec: str = "tabq",
         codec_options: Mapping[str, Any] | None = None,
-        threads: Threads | None = None,
+        threads: int | None = None,
     ) -> None:
         """Open ``OUT/device``; nothing is sent before the first generation.
 
@@ -179,13 +179,13 @@ class EdgeModel:
             security: how to reach the server; by default TLS with the system's authorities.
             codec: what hidden states are sent in: ``raw32``, ``raw16`` or ``tabq``.
             codec_options: options of that codec, for example ``{"tolerance": 0.05}``.
-            threads: threads, and whether they spin; by default the processors at hand, without.
+            threads: of onnxruntime; by default the processors at hand, at most four.
 
         Raises:
             BundleError: the folder is no intact device half.
             RequestError: a server is missing or not needed.
         """
-        self.threads = threads = threads or Threads()
+        self.threads = threads = default_threads() if threads is None else threads
         bundle = open_bundle(folder, "device")
         self.manifest = manifest = bundle.manifest
         if manifest.device_only == bool(server):
@@ -217,7 +217,7 @@ class EdgeModel:
         tls_ca: str | Path | None = None,
         insecure: bool = False,
         codec: str = "tabq",
-        threads: Threads | None = None,
+        threads: int | None = None,
     ) -> EdgeModel:
         """Open ``OUT/device`` with the options that most apps need; see the class for the rest."""
         from ..wire.security import ChannelSecurity

@@ -11,7 +11,6 @@ from typing import Self
 
 import grpc
 
-from ...devices.backend import Threads
 from ...errors import LinkError
 from ..wire.security import ServerSecurity
 from ..wire.transport import SERVER_OPTIONS, split_address
@@ -63,11 +62,11 @@ class BackServer:
         folder: str | Path,
         listen: str = "127.0.0.1:0",
         *,
-        threads: Threads | None = None,
+        threads: int | None = None,
         security: ServerSecurity | None = None,
         limits: ServerLimits | None = None,
     ) -> BackServer:
-        """Open ``OUT/server`` and make its server; ``threads`` are onnxruntime's.
+        """Open ``OUT/server`` and make its server; ``threads`` is how many onnxruntime uses.
 
         Raises:
             BundleError: the folder is no intact server half.

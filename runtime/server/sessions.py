@@ -247,4 +247,5 @@ class SessionTable:
 
 
 def _microseconds(seconds: float) -> int:
-    return round(seconds * 1e6)
+    """For the wire, whose 32 bits end after an hour."""
+    return min(round(seconds * 1e6), (1 << 32) - 1)

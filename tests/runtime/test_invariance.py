@@ -74,12 +74,14 @@ def test_every_block_size_that_is_offered_keeps_the_bits(
     assert_same_bits(model.run(TEXT, [1] * TOKENS), model.run(TEXT, [TOKENS]))
 
 
-def test_the_number_of_threads_changes_no_bit(tiny: Any, chunking_digests: Callable[..., Any]) -> None:
-    folders = [tiny.bundle(kind, bits=bits) for kind in ("llama", "llama-wide") for bits in WEIGHT_BITS]
-    one = chunking_digests(folders, tokens=100, threads=1, spin=False)
-    assert [len(set(digests.values())) for digests in one] == [1] * len(folders)
-    for threads, spin in ((2, False), (3, False), (2, True)):
-        assert chunking_digests(folders, tokens=100, threads=threads, spin=spin) == one
+@all_bits
+@pytest.mark.parametrize("kind", ["llama", "llama-wide"])
+def test_the_number_of_threads_changes_no_bit(tiny: Any, local_model: Callable[..., Any], kind: str, bits: int) -> None:
+    folder = tiny.bundle(kind, bits=bits)
+    one = local_model(folder, threads=1).run(TEXT, [TOKENS])
+    for threads in (1, 2, 3):
+        for chunks in ([TOKENS], [1] * TOKENS, [2] * (TOKENS // 2), [1, 7, TOKENS - 8]):
+            assert_same_bits(local_model(folder, threads=threads).run(TEXT, chunks), one)
 
 
 @all_bits

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from isthmus.devices.backend import Graph, Threads
+from isthmus.devices.backend import Graph
 from isthmus.errors import BundleError, RequestError
 from isthmus.quant.nbits import dequantize, quantize_rtn
 from isthmus.quant.opsc import WEIGHT_BITS
@@ -100,42 +98,17 @@ def test_more_chunk_lengths_than_there_are_buffers_give_the_same_hidden_states(t
 def test_a_graph_that_onnxruntime_cannot_open_is_named(tmp_path: Path) -> None:
     (tmp_path / "block.onnx").write_bytes(b"no graph")
     with pytest.raises(BundleError, match=r"block\.onnx: onnxruntime .* cannot open it"):
-        Graph(tmp_path / "block.onnx", Threads())
+        Graph(tmp_path / "block.onnx", 1)
 
 
-@pytest.mark.parametrize("count", [0, -2])
-def test_fewer_threads_than_one_are_refused(count: int) -> None:
-    with pytest.raises(RequestError, match=f"threads={count}: must be at least 1"):
-        Threads(count)
-
-
-SPIN_THEN = """
-import sys
-from pathlib import Path
-from isthmus.devices.backend import Graph, Threads
-from isthmus.errors import RequestError
-Graph(Path(sys.argv[1]), Threads(2, spin=True))
-Graph(Path(sys.argv[1]), Threads(2, spin=True))
-for other in (Threads(1, spin=True), Threads(2)):
-    try:
-        Graph(Path(sys.argv[1]), other)
-    except RequestError as error:
-        print(error)
-"""
-
-
-def test_a_process_that_spins_keeps_to_its_pool(tiny: Any) -> None:
-    graph = next((tiny.bundle() / "device").glob("head.onnx"))
-    command = [sys.executable, "-c", SPIN_THEN, str(graph)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [
-        "threads=1: this process already spins with 2; use a new process",
-        "spin=False: this process already spins with 2; use a new process",
-    ]
+@pytest.mark.parametrize("threads", [0, -2])
+def test_fewer_threads_than_one_are_refused(tiny: Any, threads: int) -> None:
+    with pytest.raises(RequestError, match=f"threads={threads}: must be at least 1"):
+        Graph(tiny.bundle() / "device" / "head.onnx", threads)
 
 
 def test_a_bundle_for_a_newer_onnxruntime_is_refused(tiny):
     bundle = open_bundle(tiny.bundle(bits=4), "device")
     newer = replace(bundle, manifest=replace(bundle.manifest, minimum_onnxruntime="99.0.0"))
     with pytest.raises(BundleError, match=r"needs 99\.0\.0"):
-        LayerStack(newer, Threads(1))
+        LayerStack(newer, 1)

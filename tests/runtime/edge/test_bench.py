@@ -51,7 +51,7 @@ def test_each_length_is_a_test_with_the_repetitions_asked_for(model: EdgeModel) 
     for result in report.results:
         assert len(result.samples) == 2
         assert min(result.samples) > 0
-        assert result.threads == model.threads.count
+        assert result.threads == model.threads
 
 
 def test_prompt_and_generation_lengths_are_exact_whatever_the_end_tokens(
