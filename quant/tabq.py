@@ -6,7 +6,8 @@ public; what we chose is marked so.
 
 Per token ``x`` ``[d_model]``:
 
-1. TS. The ``outliers`` largest magnitudes, or all of ``|x| >= threshold``, go to a sparse part: indices at
+1. TS. The ``outliers`` largest magnitudes (less those that tie with the next one), or all of
+   ``|x| >= threshold``, go to a sparse part, and so does whatever is beyond 6e35: indices at
    ``ceil(log2(d_model))`` bits and values in float32 (ours: exact whatever their size; the usual choice is
    float16). The rest ``r`` is dense and does not store their places.
 2. TAB-Q. Asymmetric integer quantization of ``r`` at ``Q`` bits,
@@ -16,15 +17,23 @@ Per token ``x`` ``[d_model]``:
 3. ``Q`` is the smallest in ``[q_min, q_max]`` with ``|r - r'| <= tolerance * |r|`` (Euclidean). Ours: this
    bounds the error itself, where the sister paper's guard (SLICER, arXiv 2511.11608) counts mismatches
    between codes of successive widths.
-4. Ours: a token that no ``Q`` can hold within the tolerance (subnormal or beyond 1e36, more than 255
-   outliers, or a tolerance finer than ``q_max`` bits) is stored raw, in float32.
+4. Ours: a token that no ``Q`` can hold within the tolerance (a remainder that is nearly subnormal, more than
+   255 outliers, or a tolerance finer than ``q_max`` bits) is stored raw, in float32.
 
-Payload: five bytes per token (`_TOKEN`), all outlier indices, all outlier values, all raw tokens, all codes.
-Everything else follows from these, so that the size is known before anything is allocated.
+Payload: five bytes per token (`_TOKEN`), all outlier indices, all outlier values, all raw tokens, and per
+width, rising, the codes of its tokens. Everything else follows from the first part, so that the size is known
+before anything is allocated.
+
+A step of a decode sends one token, whose arrays are so small that the number of NumPy calls is what it costs,
+most of all when a model's weights have just passed through the caches. Hence arithmetic whose range is kept by two
+constants (`_HUGE`, `_SMALLEST_RANGE`) and not by normalizing, and `_encode_one` and `_decode_one`: the usual case of
+one token in a line, the same bytes and bits with a third less time, which leave all else to the general way.
 """
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,25 +41,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CodecError
-from .bitpack import pack, pack_rows, packed_bytes, packed_rows_bytes, unpack, unpack_rows
+from .bitpack import pack, packed_bytes, unpack
 from .checks import check_finite, check_shape, finite_hidden
 
 _RAW = 0  # the width of a raw token: its codes take no bits
 _MIN_WIDTH, _MAX_WIDTH = 2, 8
 _MAX_OUTLIERS = 255
-_MAX_SCALE = 0x7B7A  # as bfloat16, 1.3e36: 255 steps of it are finite in float32
 _BLOCK = 2048  # values that are tried at several widths at once: few calls for one token, little memory for many
-_TINY = np.float32(1.4e-45)  # the smallest there is: no division by zero where all values are 0
 
-# All that a payload says of one token; the scale is a bfloat16, which is the high half of a float32.
-_TOKEN = np.dtype([("width", "u1"), ("outliers", "u1"), ("zero", "u1"), ("scale", "<u2")])
+# Larger magnitudes are always outliers, so that a scale stays below this and 255 steps of it are finite.
+_HUGE = 2.0**119
+_MAX_SCALE = 0x7AFF  # the largest bfloat16 below `_HUGE`
+# A narrower remainder is quantized as if it were this wide: no scale is 0, not even of zeros, and none is subnormal.
+_SMALLEST_RANGE = 2.0**-118
 
-# What the other fields may reach, by width. No zero point is small enough for a width that does not exist.
-_LIMIT = np.zeros(256, [("outliers", "i8"), ("zero", "i8"), ("scale", "i8")])
-_LIMIT["zero"] = -1
-_LIMIT[_RAW] = (0, 0, 0)
-for _width in range(_MIN_WIDTH, _MAX_WIDTH + 1):
-    _LIMIT[_width] = (_MAX_OUTLIERS, 2**_width - 1, _MAX_SCALE)
+# All that a payload says of one token: width, number of outliers, zero point, scale. The scale is a bfloat16,
+# which is the high half of a float32.
+_TOKEN = struct.Struct("<BBBH")
+_BELOW_BFLOAT16, _BFLOAT16 = np.uint32(0x0000FFFF), np.uint32(0xFFFF0000)
+_LEVELS = (2 ** np.arange(_MAX_WIDTH + 1) - 1).astype(np.float32)  # by width, the largest code
 
 
 @dataclass(frozen=True)
@@ -92,66 +101,128 @@ class TabQ:
     def encode(self, hidden: NDArray[np.float32]) -> bytes:
         """Encode hidden states ``[tokens, d_model]`` float32; raises `CodecError` on NaN or infinity."""
         hidden = finite_hidden(hidden)
-        sparse = self._outlier_mask(hidden)
-        table, codes = self._quantize(hidden * ~sparse)
-        outliers = np.add.reduce(sparse, axis=1, dtype=np.int64)
-        raw = (table["width"] == _RAW) | (outliers > _MAX_OUTLIERS) | (table["scale"] > _MAX_SCALE)
-        table["outliers"] = outliers
-        raw_values = b""
-        if np.count_nonzero(raw):
-            table[raw] = 0
-            sparse[raw] = False
-            raw_values = hidden[raw].astype("<f4", copy=False).tobytes()
+        payload = self._encode_one(hidden) if len(hidden) == 1 else None
+        return self._encode_many(hidden) if payload is None else payload
+
+    def _encode_one(self, hidden: NDArray[np.float32]) -> bytes | None:
+        """What `_encode_many` makes of one token ``[1, d_model]``; None if that stores it raw."""
+        magnitude = np.abs(hidden)
+        dense = magnitude <= self._cutoff(magnitude)
+        sparse = ~dense
+        indices = sparse.nonzero()[1]
+        if len(indices) > _MAX_OUTLIERS:
+            return None
+        rest = hidden * dense
+        low = np.minimum.reduce(rest, axis=1, initial=0)
+        scales = (np.maximum.reduce(rest, axis=1, initial=_SMALLEST_RANGE) - low) / _LEVELS[self.q_min : self.q_max + 1]
+        bits = scales.view(np.uint32)
+        bits += _BELOW_BFLOAT16
+        bits &= _BFLOAT16
+        at_once = max(1, _BLOCK // rest.size)
+        for start in range(0, len(scales), at_once):
+            steps = rest / scales[start : start + at_once, None]
+            allowed = np.vecdot(steps, steps)
+            allowed *= self.tolerance**2
+            rounded = np.rint(steps)
+            steps -= rounded
+            within = (np.vecdot(steps, steps) <= allowed).tolist()
+            if True in within:
+                break
+        else:
+            return None
+        row = within.index(True)
+        choice = start + row
+        width = self.q_min + choice
+        zero = np.rint(low / scales[choice])
+        codes = np.minimum(rounded[row] - zero, _LEVELS[width]).astype(np.uint8)
         return b"".join(
             (
-                table.tobytes(),
-                pack(sparse.nonzero()[1].astype(np.uint32), _index_width(hidden.shape[1])),
+                _TOKEN.pack(width, len(indices), -int(zero[0]), int(bits[choice]) >> 16),
+                pack(indices, _index_width(hidden.shape[1])),
                 hidden[sparse].astype("<f4", copy=False).tobytes(),
-                raw_values,
-                pack_rows(codes, table["width"], ~sparse),
+                pack(codes[dense[0]], width),
             )
         )
 
-    def _outlier_mask(self, hidden: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """TS of ``[tokens, d_model]``: true at the outliers."""
+    def _encode_many(self, hidden: NDArray[np.float32]) -> bytes:
+        """The general way: any number of tokens ``[tokens, d_model]``, each at its width or raw."""
+        tokens, d_model = hidden.shape
         magnitude = np.abs(hidden)
+        dense = magnitude <= self._cutoff(magnitude)
+        rest = hidden * dense
+
+        low: NDArray[np.float32] = np.minimum.reduce(rest, axis=1, keepdims=True, initial=0)
+        high: NDArray[np.float32] = np.maximum.reduce(rest, axis=1, keepdims=True, initial=_SMALLEST_RANGE)
+        scales = (high - low) / _LEVELS[self.q_min : self.q_max + 1]  # [tokens, widths]
+        bits = scales.view(np.uint32)
+        bits += _BELOW_BFLOAT16
+        bits &= _BFLOAT16
+
+        outliers = d_model - np.add.reduce(dense, axis=1)
+        widths = self._narrowest(rest, scales, outliers.tolist())
+        head = np.zeros((tokens, _TOKEN.size), np.uint8)
+        raw_values = b""
+        packed = []
+        for width in sorted(set(widths)):
+            rows = _rows_of(width, widths)
+            if width == _RAW:
+                raw_values = hidden[rows].astype("<f4", copy=False).tobytes()
+                dense[rows] = True
+                continue
+            scale = scales[rows, width - self.q_min : width - self.q_min + 1]
+            zero = np.rint(low[rows] / scale)  # rounded as the values are, so that no code falls below 0
+            codes = np.rint(rest[rows] / scale)
+            codes -= zero
+            codes = np.minimum(codes, _LEVELS[width])
+            packed.append(pack(codes.astype(np.uint8)[dense[rows]], width))
+            head[rows, 0] = width
+            head[rows, 1] = outliers[rows]
+            head[rows, 2:3] = -zero
+            head[rows, 3:] = scale.astype("<f4", copy=False).view(np.uint8)[:, 2:]
+
+        sparse = ~dense
+        indices = pack(sparse.nonzero()[1], _index_width(d_model))
+        values = hidden[sparse].astype("<f4", copy=False).tobytes()
+        return b"".join((head.tobytes(), indices, values, raw_values, *packed))
+
+    def _cutoff(self, magnitude: NDArray[np.float32]) -> NDArray[np.float32] | np.float32:
+        """TS of ``[tokens, d_model]``: the largest magnitude that is not an outlier, one or ``[tokens, 1]``."""
         if self.threshold is not None:
-            return magnitude >= self.threshold
-        sparse = np.zeros(hidden.shape, np.bool_)
-        first = max(hidden.shape[1] - self.outliers, 0)
-        if first < hidden.shape[1]:
-            largest = magnitude.argpartition(first, axis=1)[:, first:]
-            sparse[np.arange(len(hidden))[:, None], largest] = True
-        return sparse
+            return np.nextafter(np.float32(min(self.threshold, _HUGE)), np.float32(0))
+        rank = magnitude.shape[1] - self.outliers - 1
+        if rank < 0:
+            return np.float32(-1)
+        ordered = magnitude.copy()
+        ordered.partition(rank, axis=1)
+        return np.minimum(ordered[:, rank : rank + 1], np.float32(_HUGE))
 
-    def _quantize(self, rest: NDArray[np.float32]) -> tuple[NDArray[np.void], NDArray[np.uint8]]:
-        """TAB-Q of the remainder ``[tokens, d_model]``, zero at the outliers: token table and codes."""
-        low = np.minimum.reduce(rest, axis=1, keepdims=True, initial=0)
-        high = np.maximum.reduce(rest, axis=1, keepdims=True, initial=0)
-        peak: NDArray[np.float32] = np.maximum(np.maximum(high, -low), _TINY)
-        # In units of the peak nothing overflows or vanishes when it is squared.
-        unit, low, high = rest / peak, low / peak, high / peak
+    def _narrowest(self, rest: NDArray[np.float32], scales: NDArray[np.float32], outliers: list[int]) -> list[int]:
+        """TAB-Q: of each token the narrowest width that keeps the tolerance, `_RAW` if none does.
 
-        # [widths, tokens, 1]: the scale as bits of a float32, the peak in steps, the zero point and the largest
-        # step above it. The zero point is rounded as the values are, so that no code falls below 0.
-        levels = _LIMIT["zero"][self.q_min : self.q_max + 1, None, None].astype(np.float32)
-        scale = np.maximum((high - low) * (peak / levels), _TINY).view(np.uint32)
-        scale = (scale + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)
-        gain: NDArray[np.float32] = np.divide(peak, scale.view(np.float32))
-        zero = -np.rint(low * gain)
-        top = levels - zero
-        allowed: NDArray[np.float32] = np.add.reduce(unit * unit, axis=1, keepdims=True) * np.square(gain)
-        allowed *= np.float32(self.tolerance**2)
-
-        choice = _first_within(allowed, unit, gain, top)
-        chosen = choice, np.arange(len(rest))
-        zero = zero[chosen]
-        table = np.zeros(len(rest), _TOKEN)
-        table["width"] = np.array([*range(self.q_min, self.q_max + 1), _RAW])[choice]
-        table["zero"] = zero[:, 0]
-        table["scale"] = scale[chosen][:, 0] >> np.uint32(16)
-        codes = np.minimum(np.rint(unit * gain[chosen]), top[chosen]) + zero
-        return table, codes.astype(np.uint8)
+        Args:
+            rest: the remainder ``[tokens, d_model]``, zero at the outliers.
+            scales: ``[tokens, widths]`` from ``q_min`` on.
+            outliers: how many outliers each token has.
+        """
+        widths = [_RAW] * len(rest)
+        pending = [row for row, count in enumerate(outliers) if count <= _MAX_OUTLIERS]
+        start = 0
+        while pending and start < scales.shape[1]:
+            stop = start + max(1, _BLOCK // (len(pending) * rest.shape[1]))
+            if len(pending) < len(rest):
+                steps = rest[pending, None] / scales[pending, start:stop, None]
+            else:
+                steps = rest[:, None] / scales[:, start:stop, None]
+            # In steps no square overflows or vanishes. A code that is clipped lay half way between two, and errs alike.
+            allowed = np.vecdot(steps, steps)
+            allowed *= self.tolerance**2
+            steps -= np.rint(steps)
+            for row, within in zip(pending, (np.vecdot(steps, steps) <= allowed).tolist(), strict=True):
+                if True in within:
+                    widths[row] = self.q_min + start + within.index(True)
+            pending = [row for row in pending if widths[row] == _RAW]
+            start = stop
+        return widths
 
     def decode(self, payload: bytes, tokens: int, d_model: int) -> NDArray[np.float32]:
         """Decode hidden states ``[tokens, d_model]`` float32.
@@ -162,103 +233,137 @@ class TabQ:
             CodecError: wrong length, a field or an index out of range, a value that is not finite.
         """
         check_shape(tokens, d_model)
-        table = _read_table(payload, tokens, d_model)
-        widths, outliers = table["width"], table["outliers"].astype(np.int64)
-        raw = widths == _RAW
-        total, raw_total = int(outliers.sum()), d_model * int(np.count_nonzero(raw))
-        index_width = _index_width(d_model)
-
-        values_at = table.nbytes + packed_bytes(total, index_width)
-        raw_at = values_at + 4 * total
-        codes_at = raw_at + 4 * raw_total
-        expected = codes_at + packed_rows_bytes(d_model - outliers, widths)
-        if len(payload) != expected:
-            raise CodecError(
-                f"tabq payload of {len(payload)} bytes: its token table makes {expected}; send the frame again"
-            )
-        view = memoryview(payload)
-        indices = unpack(view[table.nbytes : values_at], total, index_width, np.uint32)
-        sparse = _sparse_mask(indices, outliers, d_model)
-        codes = unpack_rows(view[codes_at:], widths, ~sparse)
-
-        hidden = codes.astype(np.float32)
-        hidden -= table["zero"][:, None]
-        hidden *= (table["scale"].astype(np.uint32) << np.uint32(16)).view(np.float32)[:, None]
-        hidden[sparse] = np.frombuffer(payload, "<f4", total, values_at)
-        if raw_total:
-            hidden[raw] = np.frombuffer(payload, "<f4", raw_total, raw_at).reshape(-1, d_model)
-        check_finite(hidden)
-        return hidden
+        hidden = _decode_one(payload, d_model) if tokens == 1 else None
+        return _decode_many(payload, tokens, d_model) if hidden is None else hidden
 
 
-def _first_within(
-    allowed: NDArray[np.float32], unit: NDArray[np.float32], gain: NDArray[np.float32], top: NDArray[np.float32]
-) -> NDArray[np.intp]:
-    """Of each token ``[tokens]`` the first width whose squared error, in steps, is ``allowed``; -1 if none is.
+def _decode_one(payload: bytes, d_model: int) -> NDArray[np.float32] | None:
+    """What `_decode_many` makes of one token; None if it is raw or if `_decode_many` has a complaint about it."""
+    if len(payload) < _TOKEN.size:
+        return None
+    width, outliers, zero, scale = _TOKEN.unpack_from(payload)
+    index_width = _index_width(d_model)
+    values_at = _TOKEN.size + packed_bytes(outliers, index_width)
+    codes_at = values_at + 4 * outliers
+    if not (
+        _MIN_WIDTH <= width <= _MAX_WIDTH
+        and zero < 2**width
+        and scale <= _MAX_SCALE
+        and outliers <= d_model
+        and len(payload) == codes_at + packed_bytes(d_model - outliers, width)
+    ):
+        return None
+    indices = unpack(payload[_TOKEN.size : values_at], outliers, index_width, np.uint32)
+    values = np.frombuffer(payload, "<f4", outliers, values_at)
+    rising = indices.tolist()
+    if (
+        rising != sorted(set(rising))
+        or max(rising, default=0) >= d_model
+        or not np.logical_and.reduce(np.isfinite(values))
+    ):
+        return None
+    rest = unpack(payload[codes_at:], d_model - outliers, width, np.uint8) - np.float32(zero)
+    rest *= np.array([scale << 16], np.uint32).view(np.float32)
+    dense = np.ones((1, d_model), np.bool_)
+    dense.put(indices, False)
+    hidden = np.empty((1, d_model), np.float32)
+    hidden[dense] = rest
+    hidden.put(indices, values)
+    return hidden
 
-    Args:
-        allowed: ``[widths, tokens, 1]``.
-        unit: values ``[tokens, d_model]``.
-        gain: what turns ``unit`` into steps, ``[widths, tokens, 1]``.
-        top: the largest step, ``[widths, tokens, 1]``.
-    """
-    choice = np.empty(len(unit), np.intp)
-    choice.fill(-1)
-    pending = np.arange(len(unit))
-    start = 0
-    while start < len(gain):
-        stop = start + max(1, _BLOCK // unit.size)
-        error = unit * gain[start:stop]
-        error -= np.minimum(np.rint(error), top[start:stop])
-        error *= error
-        within = np.add.reduce(error, axis=2) <= allowed[start:stop, :, 0]
-        found = np.logical_or.reduce(within)
-        count = np.count_nonzero(found)
-        if count:
-            choice[pending[found]] = start + within.argmax(axis=0)[found]
-            if count == len(pending):
-                break
-            left = ~found
-            pending, unit = pending[left], unit[left]
-            allowed, gain, top = allowed[:, left], gain[:, left], top[:, left]
+
+def _decode_many(payload: bytes, tokens: int, d_model: int) -> NDArray[np.float32]:
+    """The general way: any number of tokens, and every complaint about a payload."""
+    widths, outliers = _read_table(payload, tokens, d_model)
+    runs = sorted(set(widths))
+    counts = {width: d_model * widths.count(width) for width in runs}
+    for width, count in zip(widths, outliers, strict=True):
+        counts[width] -= count
+    total, index_width = sum(outliers), _index_width(d_model)
+
+    indices_at = tokens * _TOKEN.size
+    values_at = indices_at + packed_bytes(total, index_width)
+    raw_at = values_at + 4 * total
+    raw_total = counts.pop(_RAW, 0)
+    start = raw_at + 4 * raw_total
+    expected = start + sum(packed_bytes(count, width) for width, count in counts.items())
+    if len(payload) != expected:
+        raise CodecError(
+            f"tabq payload of {len(payload)} bytes: its token table makes {expected}; send the frame again"
+        )
+    view = memoryview(payload)
+    indices = unpack(view[indices_at:values_at], total, index_width, np.uint32)
+    places = _flat_places(indices, outliers, d_model)
+    dense = np.ones((tokens, d_model), np.bool_)
+    dense.put(places, False)
+
+    codes = np.zeros((tokens, d_model), np.uint8)
+    for width, count in counts.items():
+        stop = start + packed_bytes(count, width)
+        members = dense
+        if len(runs) > 1:
+            members = np.zeros_like(dense)
+            rows = _rows_of(width, widths)
+            members[rows] = dense[rows]
+        codes[members] = unpack(view[start:stop], count, width, np.uint8)
         start = stop
-    return choice
+
+    head = np.frombuffer(payload, np.uint8, indices_at).reshape(tokens, -1)
+    scale = np.zeros((tokens, 4), np.uint8)
+    scale[:, 2:] = head[:, 3:]
+    hidden = np.subtract(codes, head[:, 2:3], dtype=np.float32)
+    hidden *= scale.view("<f4")
+    hidden.put(places, np.frombuffer(payload, "<f4", total, values_at))
+    if raw_total:
+        raw = np.frombuffer(payload, "<f4", raw_total, raw_at)
+        hidden[_rows_of(_RAW, widths)] = raw.reshape(-1, d_model)
+    check_finite(hidden)
+    return hidden
 
 
 def _index_width(d_model: int) -> int:
     return (d_model - 1).bit_length()
 
 
-def _read_table(payload: bytes, tokens: int, d_model: int) -> NDArray[np.void]:
-    """The token table ``[tokens]`` of a payload, every field in range."""
-    if len(payload) < tokens * _TOKEN.itemsize:
-        raise CodecError(
-            f"tabq payload of {len(payload)} bytes: the table of {tokens} tokens alone takes "
-            f"{tokens * _TOKEN.itemsize}; send the frame again"
-        )
-    table: NDArray[np.void] = np.frombuffer(payload, _TOKEN, tokens)
-    limit = _LIMIT[table["width"]]
-    valid = (table["outliers"] <= np.minimum(limit["outliers"], d_model)) & (table["zero"] <= limit["zero"])
-    valid &= table["scale"] <= limit["scale"]
-    if not valid.all():
-        row = int(valid.argmin())
-        raise CodecError(
-            f"tabq token {row} has width, outliers, zero point, scale {table[row].item()}: the width is 0 with the "
-            f"rest 0, or {_MIN_WIDTH} to {_MAX_WIDTH} with at most d_model {d_model} outliers, a zero point below "
-            f"2**width and a scale up to {_MAX_SCALE}; send the frame again"
-        )
-    return table
+def _rows_of(width: int, widths: Sequence[int]) -> slice | list[int]:
+    """The rows of one width; a slice, which copies nothing, where it is that of all."""
+    if widths.count(width) == len(widths):
+        return slice(None)
+    return [row for row, other in enumerate(widths) if other == width]
 
 
-def _sparse_mask(indices: NDArray[np.uint32], outliers: NDArray[np.int64], d_model: int) -> NDArray[np.bool_]:
-    """True at the outliers; ``indices`` hold those of one token after the other, each token's rising."""
-    tokens = len(outliers)
-    place = np.arange(0, tokens * d_model, d_model).repeat(outliers) + indices
-    rising = place[1:] > place[:-1]
-    if not (rising.all() and (indices < d_model).all()):
+def _read_table(payload: bytes, tokens: int, d_model: int) -> tuple[list[int], list[int]]:
+    """Widths and numbers of outliers of the tokens of a payload, whose every field is in range."""
+    size = tokens * _TOKEN.size
+    if len(payload) < size:
+        raise CodecError(
+            f"tabq payload of {len(payload)} bytes: the table of {tokens} tokens alone takes {size}; "
+            "send the frame again"
+        )
+    widths, counts = [], []
+    for row, (width, outliers, zero, scale) in enumerate(_TOKEN.iter_unpack(payload[:size])):
+        if _MIN_WIDTH <= width <= _MAX_WIDTH:
+            valid = outliers <= d_model and zero < 2**width and scale <= _MAX_SCALE
+        else:
+            valid = width == _RAW and outliers == zero == scale == 0
+        if not valid:
+            raise CodecError(
+                f"tabq token {row} has width, outliers, zero point, scale {(width, outliers, zero, scale)}: the width "
+                f"is {_RAW} with the rest 0, or {_MIN_WIDTH} to {_MAX_WIDTH} with at most d_model {d_model} outliers, "
+                f"a zero point below 2**width and a scale up to {_MAX_SCALE}; send the frame again"
+            )
+        widths.append(width)
+        counts.append(outliers)
+    return widths, counts
+
+
+def _flat_places(indices: NDArray[np.uint32], outliers: list[int], d_model: int) -> NDArray[np.int64]:
+    """Where the outliers lie in all ``tokens * d_model`` values; ``indices`` rise within a token."""
+    places = indices.astype(np.int64)
+    if len(outliers) > 1:
+        places += np.arange(0, len(outliers) * d_model, d_model).repeat(outliers)
+    if not (np.logical_and.reduce(places[1:] > places[:-1]) and np.logical_and.reduce(indices < d_model)):
         raise CodecError(
             f"tabq outlier indices must rise within a token and stay below d_model {d_model}; send the frame again"
         )
-    sparse = np.zeros((tokens, d_model), np.bool_)
-    sparse.ravel()[place] = True
-    return sparse
+    return places

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import CodecError
-from isthmus.quant.bitpack import pack, pack_rows, packed_bytes, packed_rows_bytes, unpack, unpack_rows
+from isthmus.quant.bitpack import pack, packed_bytes, unpack
 
 
 @given(width=st.integers(0, 32), count=st.integers(0, 300), seed=st.integers(0, 2**32 - 1))
@@ -35,28 +35,3 @@ def test_padding_that_is_not_zero_is_refused() -> None:
     data = pack(np.array([1, 2, 3], np.uint8), 4)
     with pytest.raises(CodecError, match="4 low bits pad"):
         unpack(data[:-1] + bytes([data[-1] | 1]), 3, 4, np.uint8)
-
-
-@given(
-    widths=st.lists(st.sampled_from([0, 2, 3, 4, 5, 8]), min_size=1, max_size=12),
-    columns=st.integers(1, 40),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_rows_of_different_widths_come_back_where_they_are_stored(widths: list[int], columns: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    width = np.array(widths, np.uint8)
-    codes = rng.integers(0, 256, (len(widths), columns)).astype(np.uint8) & ((1 << width.astype(int)) - 1)[:, None]
-    codes = codes.astype(np.uint8)
-    stored = rng.random(codes.shape) < 0.8
-    data = pack_rows(codes, width, stored)
-    assert len(data) == packed_rows_bytes(stored.sum(axis=1), width)
-    np.testing.assert_array_equal(unpack_rows(data, width, stored), np.where(stored, codes, 0))
-
-
-def test_packed_rows_with_a_byte_too_many_are_refused() -> None:
-    widths, stored = np.array([2, 4], np.uint8), np.ones((2, 8), np.bool_)
-    data = pack_rows(np.ones((2, 8), np.uint8), widths, stored)
-    with pytest.raises(CodecError, match="7 bytes of packed rows"):
-        unpack_rows(data + b"\0", widths, stored)
-    with pytest.raises(CodecError):
-        unpack_rows(data[:-1], widths, stored)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from isthmus.errors import CodecError
-from isthmus.quant.tabq import TabQ
+from isthmus.quant.bitpack import pack, packed_bytes
+from isthmus.quant.tabq import TabQ, _decode_many, _decode_one
 
 TOKEN_BYTES = 5
 
@@ -20,6 +21,29 @@ def student_t(tokens: int, d_model: int, seed: int = 0) -> NDArray[np.float32]:
     hidden = rng.standard_t(6, (tokens, d_model)).astype(np.float32)
     hidden[:, rng.choice(d_model, 3, replace=False)] *= np.float32(80)
     return hidden
+
+
+def nasty_row(kind: str, d_model: int, seed: int) -> NDArray[np.float32]:
+    """A token ``[1, d_model]`` of which something is extreme: its range, its ties, its outliers or its zeros."""
+    rng = np.random.default_rng(seed)
+    row = {
+        "zero": np.zeros(d_model),
+        "constant": np.full(d_model, -5.1),
+        "two signs": rng.choice([-7.5, 7.5], d_model),
+        "normal": rng.standard_normal(d_model),
+        "offset": 1000 + rng.standard_normal(d_model),
+        "sink": rng.standard_t(4, d_model) * np.where(rng.random(d_model) < 0.02, 25_000, 1),
+        "large": rng.standard_normal(d_model) * 2.0**119,
+        "largest": rng.choice([-1.0, 1.0], d_model) * float(np.finfo(np.float32).max),
+        "small": rng.standard_normal(d_model) * 2.0**-118,
+        "subnormal": rng.standard_normal(d_model) * 1e-42,
+        "mixed": rng.standard_normal(d_model) * 10.0 ** rng.integers(-44, 38, d_model),
+    }[kind]
+    return row.astype(np.float32)[None]
+
+
+NASTY_KINDS = ["zero", "constant", "two signs", "normal", "offset", "sink", "large", "largest", "small"]
+NASTY_KINDS += ["subnormal", "mixed"]
 
 
 def widths(payload: bytes, tokens: int) -> list[int]:
@@ -139,6 +163,23 @@ def test_every_byte_is_accounted_for() -> None:
     assert len(payload) == 3 * TOKEN_BYTES + indices + values + codes
 
 
+def test_tokens_of_one_width_share_a_run_and_runs_rise_in_width() -> None:
+    rng = np.random.default_rng(0)
+    two_values, fine = rng.choice([0.0, 1.0], (2, 9)), rng.standard_normal(9)
+    hidden = np.stack([fine, two_values[0], 2 * fine, two_values[1]]).astype(np.float32)
+    codec = TabQ(outliers=0, tolerance=0.05, q_max=6)
+    payload = codec.encode(hidden)
+    wide = widths(payload, 4)[0]
+    assert widths(payload, 4) == [wide, 2, wide, 2]
+    assert wide > 2
+    narrow_run = pack(two_values.astype(np.uint8).ravel() * np.uint8(3), 2)
+    assert payload[4 * TOKEN_BYTES :][: len(narrow_run)] == narrow_run
+    assert len(payload) == 4 * TOKEN_BYTES + len(narrow_run) + packed_bytes(18, wide)
+    decoded = codec.decode(payload, 4, 9)
+    for row in range(4):
+        assert decoded[row].tobytes() == codec.decode(codec.encode(hidden[row : row + 1]), 1, 9).tobytes()
+
+
 @pytest.mark.parametrize("d_model", [1, 2, 8, 9, 255])
 def test_outliers_that_take_the_whole_token_leave_it_exact(d_model: int) -> None:
     hidden = np.random.default_rng(d_model).standard_normal((3, d_model)).astype(np.float32)
@@ -146,6 +187,61 @@ def test_outliers_that_take_the_whole_token_leave_it_exact(d_model: int) -> None
     payload = codec.encode(hidden)
     assert outlier_counts(payload, 3) == [d_model] * 3
     assert codec.decode(payload, 3, d_model).tobytes() == hidden.tobytes()
+
+
+@given(
+    kind=st.sampled_from(NASTY_KINDS),
+    d_model=st.sampled_from([1, 2, 7, 64, 300, 576, 2100]),
+    seed=st.integers(0, 2**32 - 1),
+    outliers=st.sampled_from([0, 1, 8, 255]),
+    threshold=st.sampled_from([None, 1.0, 1e30, 9e37]),
+    tolerance=st.sampled_from([1e-4, 0.01, 0.05, 0.2, 0.5]),
+    q_range=st.sampled_from([(2, 8), (4, 4), (3, 6)]),
+)
+def test_the_way_of_one_token_makes_the_bytes_and_bits_of_the_general_way(
+    kind: str,
+    d_model: int,
+    seed: int,
+    outliers: int,
+    threshold: float | None,
+    tolerance: float,
+    q_range: tuple[int, int],
+) -> None:
+    hidden = nasty_row(kind, d_model, seed)
+    codec = TabQ(outliers, threshold, tolerance, *q_range)
+    general = codec._encode_many(hidden)
+    raw = widths(general, 1) == [0]
+    assert codec._encode_one(hidden) == (None if raw else general)
+    decoded = _decode_one(general, d_model)
+    assert (decoded is None) == raw
+    assert raw or decoded.tobytes() == _decode_many(general, 1, d_model).tobytes()
+
+
+@given(
+    kind=st.sampled_from(NASTY_KINDS),
+    d_model=st.sampled_from([1, 5, 8, 64]),
+    edits=st.lists(st.tuples(st.integers(0, 2**16), st.integers(1, 255)), min_size=1, max_size=3),
+)
+def test_the_way_of_one_token_refuses_what_the_general_way_refuses(
+    kind: str, d_model: int, edits: list[tuple[int, int]]
+) -> None:
+    payload = bytearray(TabQ(outliers=2).encode(nasty_row(kind, d_model, 0)))
+    for place, flips in edits:
+        payload[place % min(len(payload), 40)] ^= flips
+    try:
+        general = _decode_many(bytes(payload), 1, d_model).tobytes()
+    except CodecError:
+        with pytest.raises(CodecError):
+            TabQ().decode(bytes(payload), 1, d_model)
+    else:
+        assert TabQ().decode(bytes(payload), 1, d_model).tobytes() == general
+
+
+def test_equal_magnitudes_at_the_cut_stay_in_the_remainder() -> None:
+    hidden = np.array([[5, 1, -1, 1, 0, 0]], np.float32)
+    payload = TabQ(outliers=2).encode(hidden)
+    assert outlier_counts(payload, 1) == [1]
+    assert outlier_counts(TabQ(outliers=4).encode(hidden), 1) == [4]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +252,7 @@ def test_outliers_that_take_the_whole_token_leave_it_exact(d_model: int) -> None
         (0, 32, "width"),
         (1, 65, "outliers"),
         (2, 16, "zero point"),
+        (4, 0x7B, "scale"),
         (4, 0x7F, "scale"),
         (4, 0xFF, "scale"),
     ],
