@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="weights that share a scale: 16, 32, 64 or 128 (default 32)",
     )
-    parser.add_argument("--layers-per-block", type=int, default=5, metavar="N", help="layers in one file (default 5)")
+    parser.add_argument("--layers-per-block", type=int, default=10, metavar="N", help="layers in one file (default 10)")
     parser.add_argument("--max-length", type=int, metavar="N", help="context, prompt and new tokens (default 2048)")
     parser.add_argument(
         "--compare-transformers",
