@@ -174,10 +174,8 @@ def _layer(
     attended = _attention(builder, layer, qkv)
     branch = builder.linear(attended, f"{prefix}.attention_output", read(names.attention_output))
     normed, residual = builder.add_and_norm(residual, branch, f"{prefix}.post_norm", read(names.post_norm))
-    gate_up = builder.linear(normed, f"{prefix}.gate_up", np.concatenate([read(names.gate), read(names.up)]))
-    gate, up = writer.node_outputs(
-        "Split", [gate_up], [writer.fresh("gate"), writer.fresh("up")], axis=-1, num_outputs=2
-    )
+    gate = builder.linear(normed, f"{prefix}.gate", read(names.gate))
+    up = builder.linear(normed, f"{prefix}.up", read(names.up))
     activated = writer.node("QuickGelu", [gate], domain=CONTRIB, alpha=1.0)  # x * sigmoid(x): silu in one kernel
     gated = writer.node("Mul", [activated, up])
     return builder.linear(gated, f"{prefix}.down", read(names.down)), residual
