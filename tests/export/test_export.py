@@ -48,7 +48,7 @@ def test_the_manifest_tells_the_recipe_and_the_source(tiny: Any) -> None:
         ("head", "server", 8),
     ]
     assert manifest.segments[1].tensors == {
-        f"layers.0.{name}": 2 for name in ("qkv", "attention_output", "gate_up", "down")
+        f"layers.0.{name}": 2 for name in ("qkv", "attention_output", "gate", "up", "down")
     }
     assert manifest.source.name == "checkpoint-llama"
     assert manifest.source.format == "safetensors"
