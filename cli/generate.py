@@ -12,7 +12,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..runtime.edge.model import EdgeModel, Generation
+    from ..runtime.edge.model import EdgeModel
+    from ..runtime.edge.stream import Generation
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from isthmus import EdgeModel
 from isthmus.devices.memory import ProcessMemory, process_memory
-from isthmus.runtime.edge.model import Generation
+from isthmus.runtime.edge.stream import Generation
 
 FOLDER = Path("build/demo")
 SPLIT, FRONT_BITS, BACK_BITS = 10, 4, 8

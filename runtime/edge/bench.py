@@ -17,8 +17,7 @@ import numpy as np
 
 from ...devices.memory import AnonymousPeak, process_memory
 from ...errors import RequestError
-from ..sampling import Sampling
-from .generate import Token, generate_tokens
+from .generate import Token
 from .model import EdgeModel
 
 PROMPT_SEED = 0  # the prompt's ids are random, but the same in every run
@@ -196,20 +195,10 @@ def generate_exactly(model: EdgeModel, prompt_tokens: int, new_tokens: int) -> t
     """
     vocabulary = model.manifest.architecture.vocab_size
     ids = np.random.default_rng(PROMPT_SEED).integers(vocabulary, size=prompt_tokens).tolist()
-    back = model._back()  # below `EdgeModel.stream`, which would make text and stop at end tokens
-    back.open(prompt_tokens + new_tokens, Sampling(), ())
+    stream = model.tokens(ids, max_new_tokens=new_tokens, end_tokens=())
     try:
-        stream = generate_tokens(
-            model._embedding,
-            model._stack.session(prompt_tokens + new_tokens),
-            back,
-            ids,
-            layers=model.manifest.architecture.layers,
-            max_new_tokens=new_tokens,
-            end_tokens=(),
-        )
         started = perf_counter()
         tokens = list(stream)
         return perf_counter() - started, tokens
     finally:
-        back.close()
+        stream.close()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,138 +16,12 @@ from ...quant.codec import make_codec
 from ..bundle import open_bundle
 from ..sampling import Sampling
 from ..segments import Embedding, Head, LayerStack
-from ..text import Detokenizer, StopStrings, Tokenizer
-from .generate import PREFILL_CHUNK, Back, LocalBack, Token, generate_tokens
+from ..text import StopStrings, Tokenizer
+from .generate import PREFILL_CHUNK, Back, LocalBack, generate_tokens
+from .stream import Generation, TextStream, TokenStream
 
 if TYPE_CHECKING:
     from ..wire.security import ChannelSecurity
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished generation.
-
-    Attributes:
-        finish_reason: ``stop`` (an end token or a stop string), ``length`` (max_new_tokens or the context),
-            or ``interrupted``.
-        ttft_ms: from the call to the first token, prompt included.
-        decode_tokens_per_s: of the tokens after the first.
-        bytes_up: bytes sent, prompt included.
-        codec: what the hidden states were sent in; ``none`` if the device runs the whole model.
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    finish_reason: str
-    ttft_ms: float
-    decode_tokens_per_s: float
-    bytes_up: int
-    bytes_down: int
-    round_trips: int
-    codec: str
-    tokens: list[Token] = field(repr=False)
-
-    @property
-    def new_tokens(self) -> int:
-        """Generated tokens, the end token included."""
-        return len(self.token_ids)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The form that ``isthmus generate --json`` prints."""
-        result = asdict(self) | {"new_tokens": self.new_tokens}
-        result["tokens"] = [
-            {"id": t.id, "source": t.source, "layers": t.layers, "bytes_up": t.bytes_up} for t in self.tokens
-        ]
-        return result
-
-
-class TextStream:
-    """Text pieces of a running generation; ends it when closed. `result` tells what came of it.
-
-    Use it as an iterator, and as a context manager if it may be left early.
-    """
-
-    def __init__(
-        self,
-        tokens: Iterator[Token],
-        back: Back,
-        tokenizer: Tokenizer,
-        stop: StopStrings,
-        *,
-        codec: str,
-        prompt_tokens: int,
-        started: float,
-    ) -> None:
-        self._tokens = tokens
-        self._back = back
-        self._end_tokens = tokenizer.end_tokens
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stop = stop
-        self._codec = codec
-        self._prompt_tokens = prompt_tokens
-        self._started = started
-        self._arrivals: list[float] = []
-        self._text: list[str] = []
-        self._done: list[Token] = []
-        self._finish_reason = "interrupted"
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield text as it becomes certain; a character is never split."""
-        try:
-            for piece in self._pieces():
-                if piece:
-                    self._text.append(piece)
-                    yield piece
-        finally:
-            self.close()
-
-    def _pieces(self) -> Iterator[str]:
-        for token in self._tokens:
-            self._arrivals.append(perf_counter())
-            self._done.append(token)
-            if token.id in self._end_tokens:
-                self._finish_reason = "stop"
-                break
-            piece, stopped = self._stop.push(self._detokenizer.push(token.id))
-            yield piece
-            if stopped:
-                self._finish_reason = "stop"
-                return
-        else:
-            self._finish_reason = "length"
-        piece, stopped = self._stop.push(self._detokenizer.finish())
-        yield piece
-        if not stopped:
-            yield self._stop.finish()
-
-    def close(self) -> None:
-        """End the session, here and on the server. Safe to call twice."""
-        self._back.close(cancel=self._finish_reason == "interrupted")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @property
-    def result(self) -> Generation:
-        """What was generated so far."""
-        first, last = (self._arrivals[0], self._arrivals[-1]) if self._arrivals else (self._started, self._started)
-        return Generation(
-            text="".join(self._text),
-            token_ids=[token.id for token in self._done],
-            prompt_tokens=self._prompt_tokens,
-            finish_reason=self._finish_reason,
-            ttft_ms=(first - self._started) * 1e3,
-            decode_tokens_per_s=(len(self._done) - 1) / (last - first) if last > first else 0.0,
-            bytes_up=sum(token.bytes_up for token in self._done),
-            bytes_down=sum(token.bytes_down for token in self._done),
-            round_trips=self._back.round_trips,
-            codec=self._codec,
-            tokens=self._done,
-        )
 
 
 class EdgeModel:
@@ -245,9 +118,32 @@ class EdgeModel:
             RequestError: the prompt is empty, too long or holds ids outside the vocabulary.
             LinkError: the server cannot be reached or refuses the session.
         """
+        stop_strings = StopStrings(stop)
+        tokens = self.tokens(prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+        return TextStream(tokens, self.tokenizer, stop_strings)
+
+    def tokens(
+        self,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, str]],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        end_tokens: Sequence[int] | None = None,
+    ) -> TokenStream:
+        """Begin a generation and return its tokens, below text; the caller closes the stream.
+
+        Args:
+            prompt: see `stream`.
+            max_new_tokens: see `stream`.
+            sampling: see `stream`.
+            end_tokens: ids that end it; by default the bundle's.
+
+        Raises:
+            RequestError: see `stream`.
+            LinkError: see `stream`.
+        """
         started = perf_counter()
         sampling = sampling or Sampling()
-        stop_strings = StopStrings(stop)
         ids = self.prompt_ids(prompt)
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens={max_new_tokens}: must be at least 1")
@@ -262,17 +158,10 @@ class EdgeModel:
             ids,
             layers=self.manifest.architecture.layers,
             max_new_tokens=max_new_tokens,
-            end_tokens=self.manifest.end_tokens,
+            end_tokens=self.manifest.end_tokens if end_tokens is None else end_tokens,
         )
-        return TextStream(
-            tokens,
-            back,
-            self.tokenizer,
-            stop_strings,
-            codec=self._codec.name if self._server else "none",
-            prompt_tokens=len(ids),
-            started=started,
-        )
+        codec = self._codec.name if self._server else "none"
+        return TokenStream(tokens, back, prompt_tokens=len(ids), codec=codec, started=started)
 
     def generate(
         self,

@@ -1,0 +1,154 @@
+"""A running generation: its tokens, then its text, then what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any, Self
+
+from ..text import Detokenizer, StopStrings, Tokenizer
+from .generate import Back, Token
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished generation.
+
+    Attributes:
+        finish_reason: ``stop`` (an end token or a stop string), ``length`` (max_new_tokens or the context),
+            or ``interrupted``.
+        ttft_ms: from the call to the first token, prompt included.
+        decode_tokens_per_s: of the tokens after the first.
+        bytes_up: bytes sent, prompt included.
+        codec: what the hidden states were sent in; ``none`` if the device runs the whole model.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    ttft_ms: float
+    decode_tokens_per_s: float
+    bytes_up: int
+    bytes_down: int
+    round_trips: int
+    codec: str
+    tokens: list[Token] = field(repr=False)
+
+    @property
+    def new_tokens(self) -> int:
+        """Generated tokens, the end token included."""
+        return len(self.token_ids)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that ``isthmus generate --json`` prints."""
+        result = asdict(self) | {"new_tokens": self.new_tokens}
+        result["tokens"] = [
+            {"id": t.id, "source": t.source, "layers": t.layers, "bytes_up": t.bytes_up} for t in self.tokens
+        ]
+        return result
+
+
+class TokenStream:
+    """Tokens of a running generation, end token included. Close it, also if it was left early.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        codec: what hidden states are sent in; ``none`` if the device runs the whole model.
+        started: `time.perf_counter` when the generation was asked for.
+    """
+
+    def __init__(self, tokens: Iterator[Token], back: Back, *, prompt_tokens: int, codec: str, started: float) -> None:
+        self._tokens = tokens
+        self._back = back
+        self.prompt_tokens = prompt_tokens
+        self.codec = codec
+        self.started = started
+
+    def __iter__(self) -> Iterator[Token]:
+        return self._tokens
+
+    @property
+    def round_trips(self) -> int:
+        """Times that the device waited for the server."""
+        return self._back.round_trips
+
+    def close(self, *, cancel: bool = False) -> None:
+        """End the session, here and on the server; with ``cancel`` drop the steps on their way. Safe to call twice."""
+        self._back.close(cancel=cancel)
+
+
+class TextStream:
+    """Text pieces of a running generation; ends it when closed. `result` tells what came of it.
+
+    Use it as an iterator, and as a context manager if it may be left early.
+    """
+
+    def __init__(self, tokens: TokenStream, tokenizer: Tokenizer, stop: StopStrings) -> None:
+        self._tokens = tokens
+        self._end_tokens = tokenizer.end_tokens
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = stop
+        self._arrivals: list[float] = []
+        self._text: list[str] = []
+        self._done: list[Token] = []
+        self._finish_reason = "interrupted"
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield text as it becomes certain; a character is never split."""
+        try:
+            for piece in self._pieces():
+                if piece:
+                    self._text.append(piece)
+                    yield piece
+        finally:
+            self.close()
+
+    def _pieces(self) -> Iterator[str]:
+        for token in self._tokens:
+            self._arrivals.append(perf_counter())
+            self._done.append(token)
+            if token.id in self._end_tokens:
+                self._finish_reason = "stop"
+                break
+            piece, stopped = self._stop.push(self._detokenizer.push(token.id))
+            yield piece
+            if stopped:
+                self._finish_reason = "stop"
+                return
+        else:
+            self._finish_reason = "length"
+        piece, stopped = self._stop.push(self._detokenizer.finish())
+        yield piece
+        if not stopped:
+            yield self._stop.finish()
+
+    def close(self) -> None:
+        """End the session, here and on the server. Safe to call twice."""
+        self._tokens.close(cancel=self._finish_reason == "interrupted")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def result(self) -> Generation:
+        """What was generated so far."""
+        started = self._tokens.started
+        first, last = (self._arrivals[0], self._arrivals[-1]) if self._arrivals else (started, started)
+        return Generation(
+            text="".join(self._text),
+            token_ids=[token.id for token in self._done],
+            prompt_tokens=self._tokens.prompt_tokens,
+            finish_reason=self._finish_reason,
+            ttft_ms=(first - started) * 1e3,
+            decode_tokens_per_s=(len(self._done) - 1) / (last - first) if last > first else 0.0,
+            bytes_up=sum(token.bytes_up for token in self._done),
+            bytes_down=sum(token.bytes_down for token in self._done),
+            round_trips=self._tokens.round_trips,
+            codec=self._tokens.codec,
+            tokens=self._done,
+        )
