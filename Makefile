@@ -14,7 +14,7 @@ test: lint
 	$(MAKE) oldest
 
 # What depends on onnxruntime's kernels, on the oldest version that a bundle accepts.
-OLDEST := 1.30.0
+OLDEST := 1.28.0
 oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	grep -v '^onnxruntime=' constraints.txt > $(VENV)-oldest/constraints.txt

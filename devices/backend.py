@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import BundleError, RequestError
 
-MINIMUM_ONNXRUNTIME = "1.30.0"  # 1.28 and 1.29 crash in these graphs
+MINIMUM_ONNXRUNTIME = "1.28.0"  # the first with an int8 path for 2-bit weights
 
 # A waiting thread stays awake for so long before it sleeps. Matrix products follow each other within that time, blocks
 # and steps do not. Measured with two threads on SmolLM2's decode: 47 % more tokens than without, and within a tenth
@@ -29,7 +29,7 @@ def default_threads() -> int:
 
 
 def require_onnxruntime(minimum: str) -> None:
-    """Raise `BundleError` if the installed onnxruntime is older than a bundle's ``minimum``, such as ``1.30.0``."""
+    """Raise `BundleError` if the installed onnxruntime is older than a bundle's ``minimum``, such as ``1.28.0``."""
     installed, needed = (tuple(int(part) for part in version.split(".")[:2]) for version in (ort.__version__, minimum))
     if installed < needed:
         raise BundleError(f"onnxruntime {ort.__version__}: this bundle needs {minimum} or newer; upgrade onnxruntime")

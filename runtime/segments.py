@@ -27,7 +27,7 @@ class Embedding:
     def __init__(self, bundle: Bundle) -> None:
         segment = bundle.segments("embed")[0]
         arch = bundle.manifest.architecture
-        self._bits, self._block_size = segment.bits, segment.block_size
+        self._bits = segment.bits
         self._vocab_size = arch.vocab_size
         path = bundle.path(segment.data_file)
         if segment.bits in PACKED_BITS:
@@ -73,13 +73,11 @@ class KVCache:
         self.layers = layers
         shape = (1, spec.kv_heads, capacity + spec.spare_rows, spec.head_dim)
         # calloc: pages that no position has reached yet take no memory.
-        self._arrays = {(side, layer): np.zeros(shape, np.float32) for layer in layers for side in ("key", "value")}
-        self.values = {key: ort.OrtValue.ortvalue_from_numpy(array) for key, array in self._arrays.items()}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes at full length."""
-        return sum(array.nbytes for array in self._arrays.values())
+        self.values = {
+            (side, layer): ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+            for layer in layers
+            for side in ("key", "value")
+        }
 
     def truncate(self, length: int) -> None:
         """Forget the positions from ``length`` on."""
@@ -95,11 +93,23 @@ class KVCache:
 
 @dataclass(frozen=True)
 class _Lane:
-    """Buffers and bindings for one chunk length."""
+    """Buffers and bindings for one chunk length.
 
-    hidden_in: NDArray[np.float32]
-    hidden_out: NDArray[np.float32]
+    A binding does not keep its memory alive: every buffer that one names must be held here.
+    """
+
+    buffers: list[NDArray[np.float32]]
     runs: list[tuple[Graph, ort.IOBinding]]
+
+    @property
+    def hidden_in(self) -> NDArray[np.float32]:
+        """What the first block reads, ``[1, tokens, d_model]``."""
+        return self.buffers[0]
+
+    @property
+    def hidden_out(self) -> NDArray[np.float32]:
+        """What the last block writes; the blocks alternate between two buffers."""
+        return self.buffers[len(self.runs) % 2]
 
 
 class LayerStack:
@@ -196,7 +206,7 @@ class StackSession:
                     binding.bind_ortvalue_input(f"past_{side}.{layer}", value)
                     binding.bind_ortvalue_output(f"present_{side}.{layer}", value)
             runs.append((graph, binding))
-        return _Lane(buffers[0], buffers[len(runs) % 2], runs)
+        return _Lane(buffers, runs)
 
 
 class Head:
