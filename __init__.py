@@ -5,6 +5,7 @@ The public names are imported on first use, so that ``import isthmus`` costs not
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from ._version import __version__
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from .runtime.edge.model import EdgeModel
     from .runtime.sampling import Sampling
     from .runtime.server.server import BackServer
+
+# onnxruntime writes a device id and a database below the user's folders when it is imported, unless told not to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["BackServer", "EdgeModel", "IsthmusError", "Sampling", "__version__", "export_bundle"]
 

@@ -12,12 +12,17 @@ WEIGHT_BITS = (2, 4, 8, 16, 32)
 
 
 def _split(text: str) -> int | None:
-    return None if text == "all" else int(text)
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of layers, or all") from None
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file, catalog name or hub id")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to create; must not exist")
     parser.add_argument(
         "--split",
@@ -35,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=32,
         metavar="N",
-        help="weights that share a scale: 16, 32, 64 or 128 (default 32)",
+        help="weights that share a scale (default 32); 16 or 32 at 4 bits, up to 64 at 8, 32 to 128 at 2",
     )
     parser.add_argument("--layers-per-block", type=int, default=10, metavar="N", help="layers in one file (default 10)")
     parser.add_argument("--max-length", type=int, metavar="N", help="context, prompt and new tokens (default 2048)")

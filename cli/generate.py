@@ -23,7 +23,9 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     trust.add_argument("--tls-ca", metavar="FILE", help="certificate (authority) to trust instead of the system's")
     trust.add_argument("--insecure", action="store_true", help="plaintext, for trusted links only")
     parser.add_argument("--codec", default="tabq", help="raw32, raw16 or tabq (default tabq)")
-    parser.add_argument("--tolerance", type=float, metavar="X", help="tabq: relative error that a token may have")
+    parser.add_argument(
+        "--tolerance", type=float, metavar="X", help="tabq: relative error that a token may have (default 0.2)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
 
 
@@ -48,17 +50,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", metavar="DIR", help="OUT/device")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("-p", "--prompt", metavar="TEXT")
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="what the model continues, or answers with --chat")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids in place of text")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
-    parser.add_argument("-n", "--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument(
+        "-n", "--max-new-tokens", type=int, default=256, metavar="N", help="default 256; the context may end it sooner"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 (default) is greedy")
-    parser.add_argument("--top-k", type=int, default=0, metavar="N")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="X")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="X")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same text")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="0 (default): off")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="1 (default): off")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="X", help="0 (default): off")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 (default): off")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed (default 0) gives the same text"
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     add_server_options(parser)
@@ -109,6 +115,8 @@ def _prompt(args: argparse.Namespace) -> str | list[int] | list[dict[str, str]]:
         except ValueError:
             raise RequestError(f"--prompt-ids {args.prompt_ids!r}: must be numbers with commas, as in 1,2,3") from None
     if not args.chat:
+        if args.system:
+            raise RequestError("--system needs --chat: a plain prompt has no system message")
         return str(args.prompt)
     system = [{"role": "system", "content": args.system}] if args.system else []
     return [*system, {"role": "user", "content": args.prompt}]

@@ -46,9 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit status. Expected errors become one line on stderr."""
     args = build_parser().parse_args(arguments)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core would log to stderr what our errors say better
-    logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if args.verbose:
+        logging.getLogger("isthmus").setLevel(logging.DEBUG)
     try:
         status: int = args.run(args)
         sys.stdout.flush()

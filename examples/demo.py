@@ -100,7 +100,7 @@ def print_table(device: EdgeModel, result: Generation, memory: dict[str, Process
         ["agreement with the unsplit float model", f"{agreeing:.1%} of {result.new_tokens} tokens, greedy"],
     ]
     print(tabulate(rows, tablefmt="simple"))
-    print("\nThe default model's file holds about 4 bits a weight; the float model is that file, dequantized.")
+    print("\nThe default model's file holds 4-bit weights; the float model is that file, dequantized.")
 
 
 def describe(memory: ProcessMemory) -> str:

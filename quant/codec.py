@@ -40,13 +40,15 @@ def make_codec(name: str, **options: Any) -> Codec:
     Raises:
         CodecError: unknown name, or an option out of range.
     """
+    if name == "tabq":
+        return TabQ(**options)
+    if options and name in CODECS:
+        raise CodecError(f"{', '.join(options)}: codec {name} has no options; leave them out or choose tabq")
     match name:
         case "raw32":
-            return Raw32(**options)
+            return Raw32()
         case "raw16":
-            return Raw16(**options)
-        case "tabq":
-            return TabQ(**options)
+            return Raw16()
     raise CodecError(f"codec {name!r} is unknown; choose one of {', '.join(CODECS)}")
 
 

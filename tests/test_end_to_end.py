@@ -174,6 +174,8 @@ def test_interrupt_ends_cleanly_and_keeps_the_text(tiny, environment):
         (["-p", "x", "--stop", ""], "stop"),
         (["-p", "x", "--chat"], "chat template"),
         (["-p", "x", "--server", "127.0.0.1:1"], "wholly on the device"),
+        (["-p", "x", "--codec", "raw16", "--tolerance", "0.1"], "raw16 has no options"),
+        (["-p", "x", "--system", "Be brief."], "needs --chat"),
     ],
 )
 def test_a_bad_request_is_one_line_on_stderr(tiny, environment, arguments, says):
@@ -190,6 +192,9 @@ def test_a_server_that_is_not_there_is_named(tiny, environment):
     done = run(environment, "generate", folder / "device", "-p", "x", "--server", "127.0.0.1:1")
     assert done.returncode == 1
     assert "127.0.0.1:1" in done.stderr
+    scheme = run(environment, "generate", folder / "device", "-p", "x", "--server", "https://127.0.0.1:1")
+    assert scheme.returncode == 1
+    assert "leave https:// out" in scheme.stderr
     missing = run(environment, "generate", folder / "device", "-p", "x")
     assert missing.returncode == 1
     assert "isthmus serve" in missing.stderr

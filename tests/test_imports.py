@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -119,3 +120,11 @@ def test_the_declared_packages_are_the_folders_with_an_init_file() -> None:
     tops = [p for p in ROOT.iterdir() if p.is_dir() and p.name not in others and not p.name.startswith(".")]
     folders = [init.parent.relative_to(ROOT) for top in tops for init in top.rglob("__init__.py")]
     assert declared_packages() == sorted(["isthmus", *(".".join(("isthmus", *f.parts)) for f in folders)])
+
+
+def test_running_a_bundle_leaves_nothing_of_onnxruntime_in_the_users_home(tiny, tmp_path):
+    program = "import sys; from isthmus import EdgeModel; EdgeModel(sys.argv[1]).generate('x', max_new_tokens=2)"
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    command = [sys.executable, "-c", program, str(tiny.bundle() / "device")]
+    subprocess.run(command, check=True, env=environment | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)})
+    assert list(tmp_path.iterdir()) == []

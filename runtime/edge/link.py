@@ -321,7 +321,8 @@ class RemoteBack:
                 ) from reason
             delay = _delay_before(session.attempts)
             session.attempts += 1
-            logger.warning("%s; attempt %d to attach again in %.1f s", reason, session.attempts, delay)
+            level = logging.WARNING if session.attempts == 1 else logging.INFO  # one line a break is enough
+            logger.log(level, "%s; attaching again, attempt %d in %.1f s", reason, session.attempts, delay)
             time.sleep(delay)
             try:
                 self._connect(request)

@@ -191,6 +191,7 @@ class _Stream:
             # Shielded: a session that is being made when the stream breaks still gets its seat and its lease.
             self._session = await asyncio.shield(self._table.open(message.open))
             self._table.attach(self._session.id, self._evict)
+            logger.info("session %s: opened for %d tokens", self._session.id.hex()[:8], message.open.max_tokens)
             await self._write(pb.ServerMessage(opened=pb.Opened(session=self._session.id)))
         elif kind == "attach":
             self._session = self._table.attach(message.attach.session, self._evict)
@@ -216,6 +217,7 @@ class _Stream:
 
     async def _free(self, session: Session) -> None:
         self._session = None
+        logger.info("session %s: closed", session.id.hex()[:8])
         await asyncio.shield(self._table.free(session.id))
 
     async def _write(self, message: pb.ServerMessage) -> None:

@@ -55,10 +55,15 @@ class ChannelSecurity:
         code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
         details = (error.details() if isinstance(error, grpc.Call) else None) or ""
         reason = details.rpartition("last error: ")[2] or code.name
-        if "CERTIFICATE_VERIFY_FAILED" in details or "Hostname Verification" in details:
+        if "Hostname Verification" in details:
             return SecurityError(
-                f"{address}: its certificate is not trusted here ({reason}); pass the certificate that the "
-                "server uses, or its CA's, with --tls-ca, and the host name that it was made for"
+                f"{address}: its certificate is not trusted here, because it was made for another host name; "
+                "connect by a name or an address that is in it"
+            )
+        if "CERTIFICATE_VERIFY_FAILED" in details:
+            return SecurityError(
+                f"{address}: its certificate is not trusted here; pass the file that `isthmus serve` names when it "
+                "starts, or its CA's, with --tls-ca"
             )
         if "WRONG_VERSION_NUMBER" in details:
             return SecurityError(

@@ -50,6 +50,8 @@ def split_address(address: str) -> tuple[str, int]:
     Raises:
         LinkError: the address has another form, or the port lies outside 0 to 65535.
     """
+    if "://" in address:
+        raise LinkError(f"address {address!r}: must be HOST:PORT alone; leave {address.partition('://')[0]}:// out")
     host, separator, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     if not (separator and bare and port.isascii() and port.isdigit() and int(port) < 1 << 16):
