@@ -13,7 +13,9 @@ import pytest
 from isthmus.export.catalog import pull
 from isthmus.export.export import export_bundle
 from isthmus.runtime.bundle import Manifest, open_bundle
-from isthmus.runtime.text import Tokenizer
+from isthmus.runtime.edge.model import EdgeModel
+from isthmus.runtime.server.server import BackServer
+from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -78,18 +80,29 @@ def test_chunks_and_threads_change_no_bit_at_4_and_8_bits(
             assert np.array_equal(again[1], logits)
 
 
-def test_every_split_generates_what_the_unsplit_model_generates(
-    unsplit: Path, exported: Callable[..., Path], local_model: Callable[[Path], Any]
+def greedy(model: EdgeModel, prompts: list[list[int]]) -> list[list[int]]:
+    """Token ids of `NEW_TOKENS` greedy tokens for each prompt, end tokens or not."""
+    ids = []
+    for prompt in prompts:
+        stream = model.tokens(prompt, max_new_tokens=NEW_TOKENS, end_tokens=())
+        ids.append([token.id for token in stream])
+        stream.close()
+    return ids
+
+
+@pytest.mark.parametrize("split", [1, 10, 20, LAYERS - 1])
+def test_every_split_over_the_wire_generates_what_the_unsplit_model_generates(
+    unsplit: Path, exported: Callable[..., Path], split: int
 ) -> None:
-    manifest = manifest_of(unsplit)
-    tokenizer = Tokenizer.from_file(unsplit / "device" / "tokenizer.json", special_tokens=manifest.special_tokens)
-    prompts = [tokenizer.encode(text) for text in PROMPTS]
-    expected = [local_model(unsplit).generate(ids, NEW_TOKENS) for ids in prompts]
-    assert "Paris" in tokenizer.decode(expected[-1])
-    for split in (1, 10, 20, LAYERS - 1):
-        folder = exported(split=split, front_bits=4, back_bits=4, max_length=128)
-        model = local_model(folder)
-        assert [model.generate(ids, NEW_TOKENS, chunk=7) for ids in prompts] == expected, f"split {split}"
+    alone = EdgeModel(unsplit)
+    prompts = [alone.tokenizer.encode(text) for text in PROMPTS]
+    expected = greedy(alone, prompts)
+    assert "Paris" in alone.tokenizer.decode(expected[-1])
+    folder = exported(split=split, front_bits=4, back_bits=4, max_length=128)
+    plaintext = ServerSecurity(insecure=True)
+    with BackServer.from_bundle(folder / "server", "127.0.0.1:0", security=plaintext) as server:
+        security = ChannelSecurity(insecure=True)
+        assert greedy(EdgeModel(folder, server=server.address, security=security, codec="raw32"), prompts) == expected
 
 
 def test_the_default_recipe_stays_close_to_the_float_model(mixed: Path) -> None:
