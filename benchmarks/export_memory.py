@@ -1,6 +1,6 @@
 """Peak memory of an export, over the number of layers, at the shapes of Llama 2 7B.
 
-    python benchmarks/export_memory.py [--layers 6,11] [--scratch DIR]
+    python benchmarks/export_memory.py [--layers 11,16] [--scratch DIR]
 
 Writes synthetic float16 checkpoints (0.4 GB a layer, 0.5 GB for the vocabulary), exports each in a process of its own
 and extrapolates the straight line through the peaks to 32 layers.
@@ -83,7 +83,7 @@ def write_checkpoint(folder: Path, layers: int) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default="6,11", help="numbers of layers to measure")
+    parser.add_argument("--layers", default="11,16", help="numbers of layers to measure")
     parser.add_argument("--scratch", type=Path, help="folder with some gigabytes of room")
     args = parser.parse_args()
     counts = [int(part) for part in args.layers.split(",")]
