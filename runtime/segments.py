@@ -70,7 +70,6 @@ class KVCache:
     def __init__(self, layers: range, spec: KVSpec, capacity: int) -> None:
         self.length = 0
         self.capacity = capacity
-        self.layers = layers
         shape = (1, spec.kv_heads, capacity + spec.spare_rows, spec.head_dim)
         # calloc: pages that no position has reached yet take no memory.
         self.values = {

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from ..wire.security import ChannelSecurity
 
 
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""A text, token ids, or chat messages ``{"role": …, "content": …}``."""
+
+
 class EdgeModel:
     """A bundle's device half, opened, with its server's address if the model is split.
 
@@ -100,7 +104,7 @@ class EdgeModel:
 
     def stream(
         self,
-        prompt: str | Sequence[int] | Sequence[Mapping[str, str]],
+        prompt: Prompt,
         *,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
@@ -124,7 +128,7 @@ class EdgeModel:
 
     def tokens(
         self,
-        prompt: str | Sequence[int] | Sequence[Mapping[str, str]],
+        prompt: Prompt,
         *,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
@@ -149,11 +153,12 @@ class EdgeModel:
             raise RequestError(f"max_new_tokens={max_new_tokens}: must be at least 1")
         max_new_tokens = min(max_new_tokens, self.manifest.max_length - len(ids))
         capacity = len(ids) + max_new_tokens
+        front = self._stack.session(capacity)  # first: if memory is short here, no session is left on the server
         back = self._back()
         back.open(capacity, sampling, ids if sampling.repetition_penalty != 1.0 else ())
         tokens = generate_tokens(
             self._embedding,
-            self._stack.session(capacity),
+            front,
             back,
             ids,
             layers=self.manifest.architecture.layers,
@@ -165,7 +170,7 @@ class EdgeModel:
 
     def generate(
         self,
-        prompt: str | Sequence[int] | Sequence[Mapping[str, str]],
+        prompt: Prompt,
         *,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
@@ -177,11 +182,15 @@ class EdgeModel:
             pass
         return stream.result
 
-    def prompt_ids(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> list[int]:
+    def prompt_ids(self, prompt: Prompt, *, new_tokens: int = 1) -> list[int]:
         """Token ids of a prompt in any of its forms, checked against the context and the vocabulary.
 
+        Args:
+            prompt: see `stream`.
+            new_tokens: positions of the context that must be left after it.
+
         Raises:
-            RequestError: empty, longer than the context, or ids outside the vocabulary.
+            RequestError: empty, too long for the context, or ids outside the vocabulary.
         """
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
@@ -195,7 +204,7 @@ class EdgeModel:
         for token in ids:
             if not 0 <= token < vocabulary:
                 raise RequestError(f"token id {token}: must lie between 0 and {vocabulary - 1}")
-        if len(ids) >= self.manifest.max_length:
+        if len(ids) + new_tokens > self.manifest.max_length:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens: this bundle's context holds {self.manifest.max_length}, new "
                 "tokens included; shorten it or export with a larger --max-length"
@@ -210,7 +219,7 @@ class EdgeModel:
         """
         if self._head is None:
             raise RequestError("score needs the whole model on the device: export with `--split all`")
-        ids = self.prompt_ids(token_ids)
+        ids = self.prompt_ids(token_ids, new_tokens=0)
         front = self._stack.session(len(ids))
         chunks = [
             self._head.logits_many(front.forward(self._embedding.rows(ids[first : first + PREFILL_CHUNK])))

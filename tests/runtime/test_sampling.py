@@ -75,7 +75,7 @@ def test_counts_must_be_integers(field):
 
 def test_bounds_themselves_and_numpy_numbers_are_accepted():
     Sampling(temperature=100, top_p=1e-9, min_p=1, repetition_penalty=1e3, seed=(1 << 64) - 1)
-    Sampling(temperature=np.float32(0.5), top_k=np.int64(5))
+    assert Sampling(temperature=np.float32(0.5), top_k=np.int64(5)).temperature == 0.5
 
 
 # --- greedy -----------------------------------------------------------------------------------------------

@@ -200,3 +200,13 @@ def test_a_split_bundle_cannot_score(tiny: Any) -> None:
 def test_a_folder_without_a_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"no manifest\.json there"):
         EdgeModel(tmp_path)
+
+
+def test_a_text_as_long_as_the_context_can_be_scored_but_not_continued(tiny):
+    model = EdgeModel(tiny.bundle(bits=4, max_length=32) / "device")
+    ids = list(range(32))
+    assert model.score(ids).shape == (32, 256)
+    with pytest.raises(RequestError, match="32 tokens"):
+        model.tokens(ids)
+    with pytest.raises(RequestError, match="33 tokens"):
+        model.score([*ids, 0])
