@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from isthmus.quant.codec import Raw32
+from isthmus.quant.codec import Codec, Raw16, Raw32
 from isthmus.runtime.bundle import Architecture, KVSpec, Manifest, Source
 from isthmus.runtime.edge.link import RemoteBack
 from isthmus.runtime.sampling import Sampling
@@ -31,7 +31,7 @@ SPLIT = 2
 
 def fake_manifest() -> Manifest:
     return Manifest(
-        schema=1,
+        schema=2,
         isthmus="0",
         source=Source("fake", "none", {}),
         architecture=Architecture(
@@ -43,9 +43,11 @@ def fake_manifest() -> Manifest:
         embed_bits=32,
         head_bits=32,
         block_size=32,
+        weights="rtn",
+        symmetric=True,
         max_length=1024,
         segments=(),
-        kv=KVSpec("float32", 1, 8),
+        kv={"device": KVSpec(32, 1, 8), "server": KVSpec(32, 1, 8)},
         codecs=("raw32", "raw16"),
         end_tokens=(0,),
         bos_token=None,
@@ -107,6 +109,9 @@ class FakeEngine:
         session = FakeSession(self, sampling.seed)
         self.sessions.append(session)
         return session
+
+    def codec(self, name: str) -> Codec:
+        return {"raw32": Raw32(), "raw16": Raw16()}[name]
 
     def kv_bytes(self, max_tokens: int) -> int:
         return 64 * max_tokens
@@ -319,6 +324,7 @@ def make_proxy() -> Iterator[Callable[[str], Proxy]]:
 def bystander(server: BackServer, make_generation: Callable[..., Generation]) -> Iterator[None]:
     """Another session on `server`, which generates while the test runs and must come out right."""
     generation = make_generation(server.address, [9, 8, 7, 6, 5], seed=3)
+    generation.run(1)  # its prompt is computed: an engine told to fail at length 0 fails another session
     done = threading.Event()
     failures: list[BaseException] = []
 
