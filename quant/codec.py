@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CodecError
 from .checks import check_finite, check_shape, finite_hidden
-from .tabq import TabQ
 
-CODECS = ("raw32", "raw16", "tabq")
+CODECS = ("raw32", "raw16", "tabq", "tabq-rans", "klt")  # the last two only where export calibrated them
 
 
 class Codec(Protocol):
@@ -25,8 +25,11 @@ class Codec(Protocol):
         """One of `CODECS`, as the handshake carries it."""
         ...
 
-    def encode(self, hidden: NDArray[np.float32]) -> bytes:
-        """Encode finite hidden states; raises `CodecError` on NaN or infinity."""
+    def encode(self, hidden: NDArray[np.float32], token_ids: Sequence[int] = ()) -> bytes:
+        """Encode finite hidden states of these tokens; raises `CodecError` on NaN or infinity.
+
+        Only codecs that predict a hidden state from its token need ``token_ids``.
+        """
         ...
 
     def decode(self, payload: bytes, tokens: int, d_model: int) -> NDArray[np.float32]:
@@ -34,30 +37,12 @@ class Codec(Protocol):
         ...
 
 
-def make_codec(name: str, **options: Any) -> Codec:
-    """Make the codec ``name``, one of `CODECS`; ``options`` go to its constructor (only `TabQ` takes some).
-
-    Raises:
-        CodecError: unknown name, or an option out of range.
-    """
-    if name == "tabq":
-        return TabQ(**options)
-    if options and name in CODECS:
-        raise CodecError(f"{', '.join(options)}: codec {name} has no options; leave them out or choose tabq")
-    match name:
-        case "raw32":
-            return Raw32()
-        case "raw16":
-            return Raw16()
-    raise CodecError(f"codec {name!r} is unknown; choose one of {', '.join(CODECS)}")
-
-
 class Raw32:
     """Float32, little endian: exact, and the reference for every other codec."""
 
     name: ClassVar[str] = "raw32"
 
-    def encode(self, hidden: NDArray[np.float32]) -> bytes:
+    def encode(self, hidden: NDArray[np.float32], token_ids: Sequence[int] = ()) -> bytes:
         """Encode finite hidden states ``[tokens, d_model]``; raises `CodecError` on NaN or infinity."""
         return finite_hidden(hidden).astype("<f4", copy=False).tobytes()
 
@@ -83,7 +68,7 @@ class Raw16:
 
     name: ClassVar[str] = "raw16"
 
-    def encode(self, hidden: NDArray[np.float32]) -> bytes:
+    def encode(self, hidden: NDArray[np.float32], token_ids: Sequence[int] = ()) -> bytes:
         """Encode finite hidden states ``[tokens, d_model]``; raises `CodecError` on NaN or infinity."""
         hidden = finite_hidden(hidden)
         with np.errstate(over="ignore"):

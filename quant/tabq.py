@@ -20,9 +20,9 @@ Per token ``x`` ``[d_model]``:
 4. Ours: a token that no ``Q`` can hold within the tolerance (a remainder that is nearly subnormal, more than
    255 outliers, or a tolerance finer than ``q_max`` bits) is stored raw, in float32.
 
-Payload: five bytes per token (`_TOKEN`), all outlier indices, all outlier values, all raw tokens, and per
+Payload: five bytes per token (`TOKEN`), all outlier indices, all outlier values, all raw tokens, and per
 width, rising, the codes of its tokens. Everything else follows from the first part, so that the size is known
-before anything is allocated.
+before anything is allocated. `isthmus.quant.tabq_rans` has the same but for the codes.
 
 A step of a decode sends one token, whose arrays are so small that the number of NumPy calls is what it costs,
 most of all when a model's weights have just passed through the caches. Hence arithmetic whose range is kept by two
@@ -32,7 +32,6 @@ one token in a line, the same bytes and bits with a third less time, which leave
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -42,24 +41,21 @@ from numpy.typing import NDArray
 
 from ..errors import CodecError
 from .bitpack import pack, packed_bytes, unpack
-from .checks import check_finite, check_shape, finite_hidden
+from .checks import check_shape, finite_hidden
+from .tabq_front import MAX_SCALE, MAX_WIDTH, MIN_WIDTH, RAW, TOKEN, Front, Quantized, index_width, rows_of
 
-_RAW = 0  # the width of a raw token: its codes take no bits
-_MIN_WIDTH, _MAX_WIDTH = 2, 8
+TOLERANCES = (0.05, 0.1, 0.2, 0.3, 0.4)  # those that a bundle's levels have, from the finest
+
 _MAX_OUTLIERS = 255
 _BLOCK = 2048  # values that are tried at several widths at once: few calls for one token, little memory for many
 
-# Larger magnitudes are always outliers, so that a scale stays below this and 255 steps of it are finite.
+# Larger magnitudes are always outliers, so that a scale stays below this (`MAX_SCALE`) and 255 steps of it are finite.
 _HUGE = 2.0**119
-_MAX_SCALE = 0x7AFF  # the largest bfloat16 below `_HUGE`
 # A narrower remainder is quantized as if it were this wide: no scale is 0, not even of zeros, and none is subnormal.
 _SMALLEST_RANGE = 2.0**-118
 
-# All that a payload says of one token: width, number of outliers, zero point, scale. The scale is a bfloat16,
-# which is the high half of a float32.
-_TOKEN = struct.Struct("<BBBH")
 _BELOW_BFLOAT16, _BFLOAT16 = np.uint32(0x0000FFFF), np.uint32(0xFFFF0000)
-_LEVELS = (2 ** np.arange(_MAX_WIDTH + 1) - 1).astype(np.float32)  # by width, the largest code
+_LEVELS = (2 ** np.arange(MAX_WIDTH + 1) - 1).astype(np.float32)  # by width, the largest code
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,8 @@ class TabQ:
     outliers: int = 8
     threshold: float | None = None
     tolerance: float = 0.2
-    q_min: int = _MIN_WIDTH
-    q_max: int = _MAX_WIDTH
+    q_min: int = MIN_WIDTH
+    q_max: int = MAX_WIDTH
 
     name: ClassVar[str] = "tabq"
 
@@ -93,12 +89,12 @@ class TabQ:
             raise CodecError(f"threshold {self.threshold}: give a magnitude above 0 and below 1e38, or None")
         if not 0 < self.tolerance < 1:
             raise CodecError(f"tolerance {self.tolerance}: give a relative error above 0 and below 1")
-        if not _MIN_WIDTH <= self.q_min <= self.q_max <= _MAX_WIDTH:
+        if not MIN_WIDTH <= self.q_min <= self.q_max <= MAX_WIDTH:
             raise CodecError(
-                f"q_min {self.q_min}, q_max {self.q_max}: {_MIN_WIDTH} <= q_min <= q_max <= {_MAX_WIDTH} holds"
+                f"q_min {self.q_min}, q_max {self.q_max}: {MIN_WIDTH} <= q_min <= q_max <= {MAX_WIDTH} holds"
             )
 
-    def encode(self, hidden: NDArray[np.float32]) -> bytes:
+    def encode(self, hidden: NDArray[np.float32], token_ids: Sequence[int] = ()) -> bytes:
         """Encode hidden states ``[tokens, d_model]`` float32; raises `CodecError` on NaN or infinity."""
         hidden = finite_hidden(hidden)
         payload = self._encode_one(hidden) if len(hidden) == 1 else None
@@ -137,8 +133,8 @@ class TabQ:
         codes = np.minimum(rounded[row] - zero, _LEVELS[width]).astype(np.uint8)
         return b"".join(
             (
-                _TOKEN.pack(width, len(indices), -int(zero[0]), int(bits[choice]) >> 16),
-                pack(indices, _index_width(hidden.shape[1])),
+                TOKEN.pack(width, len(indices), -int(zero[0]), int(bits[choice]) >> 16),
+                pack(indices, index_width(hidden.shape[1])),
                 hidden[sparse].astype("<f4", copy=False).tobytes(),
                 pack(codes[dense[0]], width),
             )
@@ -146,6 +142,16 @@ class TabQ:
 
     def _encode_many(self, hidden: NDArray[np.float32]) -> bytes:
         """The general way: any number of tokens ``[tokens, d_model]``, each at its width or raw."""
+        quantized = self.quantize(hidden)
+        widths = quantized.head[:, 0].tolist()
+        packed = []
+        for width in sorted(set(widths) - {RAW}):
+            rows = rows_of(width, widths)
+            packed.append(pack(quantized.codes[rows][quantized.coded[rows]], width))
+        return b"".join((*quantized.front(), *packed))
+
+    def quantize(self, hidden: NDArray[np.float32]) -> Quantized:
+        """TS and TAB-Q of finite hidden states ``[tokens, d_model]`` float32."""
         tokens, d_model = hidden.shape
         magnitude = np.abs(hidden)
         dense = magnitude <= self._cutoff(magnitude)
@@ -160,30 +166,28 @@ class TabQ:
 
         outliers = d_model - np.add.reduce(dense, axis=1)
         widths = self._narrowest(rest, scales, outliers.tolist())
-        head = np.zeros((tokens, _TOKEN.size), np.uint8)
-        raw_values = b""
-        packed = []
-        for width in sorted(set(widths)):
-            rows = _rows_of(width, widths)
-            if width == _RAW:
-                raw_values = hidden[rows].astype("<f4", copy=False).tobytes()
-                dense[rows] = True
+        head = np.zeros((tokens, TOKEN.size), np.uint8)
+        codes = np.empty((tokens, d_model), np.uint8)
+        raw: slice | list[int] = []
+        for width in set(widths):
+            rows = rows_of(width, widths)
+            if width == RAW:
+                raw = rows
                 continue
             scale = scales[rows, width - self.q_min : width - self.q_min + 1]
             zero = np.rint(low[rows] / scale)  # rounded as the values are, so that no code falls below 0
-            codes = np.rint(rest[rows] / scale)
-            codes -= zero
-            codes = np.minimum(codes, _LEVELS[width])
-            packed.append(pack(codes.astype(np.uint8)[dense[rows]], width))
+            steps = np.rint(rest[rows] / scale)
+            steps -= zero
+            codes[rows] = np.minimum(steps, _LEVELS[width])
             head[rows, 0] = width
             head[rows, 1] = outliers[rows]
             head[rows, 2:3] = -zero
             head[rows, 3:] = scale.astype("<f4", copy=False).view(np.uint8)[:, 2:]
 
+        dense[raw] = True
         sparse = ~dense
-        indices = pack(sparse.nonzero()[1], _index_width(d_model))
-        values = hidden[sparse].astype("<f4", copy=False).tobytes()
-        return b"".join((head.tobytes(), indices, values, raw_values, *packed))
+        dense[raw] = False
+        return Quantized(head, codes, dense, sparse.nonzero()[1], hidden[sparse], hidden[raw])
 
     def _cutoff(self, magnitude: NDArray[np.float32]) -> NDArray[np.float32] | np.float32:
         """TS of ``[tokens, d_model]``: the largest magnitude that is not an outlier, one or ``[tokens, 1]``."""
@@ -197,14 +201,14 @@ class TabQ:
         return np.minimum(ordered[:, rank : rank + 1], np.float32(_HUGE))
 
     def _narrowest(self, rest: NDArray[np.float32], scales: NDArray[np.float32], outliers: list[int]) -> list[int]:
-        """TAB-Q: of each token the narrowest width that keeps the tolerance, `_RAW` if none does.
+        """TAB-Q: of each token the narrowest width that keeps the tolerance, `RAW` if none does.
 
         Args:
             rest: the remainder ``[tokens, d_model]``, zero at the outliers.
             scales: ``[tokens, widths]`` from ``q_min`` on.
             outliers: how many outliers each token has.
         """
-        widths = [_RAW] * len(rest)
+        widths = [RAW] * len(rest)
         pending = [row for row, count in enumerate(outliers) if count <= _MAX_OUTLIERS]
         start = 0
         while pending and start < scales.shape[1]:
@@ -220,7 +224,7 @@ class TabQ:
             for row, within in zip(pending, (np.vecdot(steps, steps) <= allowed).tolist(), strict=True):
                 if True in within:
                     widths[row] = self.q_min + start + within.index(True)
-            pending = [row for row in pending if widths[row] == _RAW]
+            pending = [row for row in pending if widths[row] == RAW]
             start = stop
         return widths
 
@@ -239,21 +243,21 @@ class TabQ:
 
 def _decode_one(payload: bytes, d_model: int) -> NDArray[np.float32] | None:
     """What `_decode_many` makes of one token; None if it is raw or if `_decode_many` has a complaint about it."""
-    if len(payload) < _TOKEN.size:
+    if len(payload) < TOKEN.size:
         return None
-    width, outliers, zero, scale = _TOKEN.unpack_from(payload)
-    index_width = _index_width(d_model)
-    values_at = _TOKEN.size + packed_bytes(outliers, index_width)
+    width, outliers, zero, scale = TOKEN.unpack_from(payload)
+    index_bits = index_width(d_model)
+    values_at = TOKEN.size + packed_bytes(outliers, index_bits)
     codes_at = values_at + 4 * outliers
     if not (
-        _MIN_WIDTH <= width <= _MAX_WIDTH
+        MIN_WIDTH <= width <= MAX_WIDTH
         and zero < 2**width
-        and scale <= _MAX_SCALE
+        and scale <= MAX_SCALE
         and outliers <= d_model
         and len(payload) == codes_at + packed_bytes(d_model - outliers, width)
     ):
         return None
-    indices = unpack(payload[_TOKEN.size : values_at], outliers, index_width, np.uint32)
+    indices = unpack(payload[TOKEN.size : values_at], outliers, index_bits, np.uint32)
     values = np.frombuffer(payload, "<f4", outliers, values_at)
     rising = indices.tolist()
     if (
@@ -274,96 +278,21 @@ def _decode_one(payload: bytes, d_model: int) -> NDArray[np.float32] | None:
 
 def _decode_many(payload: bytes, tokens: int, d_model: int) -> NDArray[np.float32]:
     """The general way: any number of tokens, and every complaint about a payload."""
-    widths, outliers = _read_table(payload, tokens, d_model)
-    runs = sorted(set(widths))
-    counts = {width: d_model * widths.count(width) for width in runs}
-    for width, count in zip(widths, outliers, strict=True):
-        counts[width] -= count
-    total, index_width = sum(outliers), _index_width(d_model)
-
-    indices_at = tokens * _TOKEN.size
-    values_at = indices_at + packed_bytes(total, index_width)
-    raw_at = values_at + 4 * total
-    raw_total = counts.pop(_RAW, 0)
-    start = raw_at + 4 * raw_total
-    expected = start + sum(packed_bytes(count, width) for width, count in counts.items())
+    front = Front.read(payload, tokens, d_model)
+    expected = front.size + sum(packed_bytes(count, width) for width, count in front.counts.items())
     if len(payload) != expected:
         raise CodecError(
             f"tabq payload of {len(payload)} bytes: its token table makes {expected}; send the frame again"
         )
-    view = memoryview(payload)
-    indices = unpack(view[indices_at:values_at], total, index_width, np.uint32)
-    places = _flat_places(indices, outliers, d_model)
-    dense = np.ones((tokens, d_model), np.bool_)
-    dense.put(places, False)
-
+    coded, start = front.coded(), front.size
     codes = np.zeros((tokens, d_model), np.uint8)
-    for width, count in counts.items():
+    for width, count in front.counts.items():
         stop = start + packed_bytes(count, width)
-        members = dense
-        if len(runs) > 1:
-            members = np.zeros_like(dense)
-            rows = _rows_of(width, widths)
-            members[rows] = dense[rows]
-        codes[members] = unpack(view[start:stop], count, width, np.uint8)
+        members = coded
+        if len(front.counts) > 1:
+            rows = rows_of(width, front.widths)
+            members = np.zeros_like(coded)
+            members[rows] = coded[rows]
+        codes[members] = unpack(payload[start:stop], count, width, np.uint8)
         start = stop
-
-    head = np.frombuffer(payload, np.uint8, indices_at).reshape(tokens, -1)
-    scale = np.zeros((tokens, 4), np.uint8)
-    scale[:, 2:] = head[:, 3:]
-    hidden = np.subtract(codes, head[:, 2:3], dtype=np.float32)
-    hidden *= scale.view("<f4")
-    hidden.put(places, np.frombuffer(payload, "<f4", total, values_at))
-    if raw_total:
-        raw = np.frombuffer(payload, "<f4", raw_total, raw_at)
-        hidden[_rows_of(_RAW, widths)] = raw.reshape(-1, d_model)
-    check_finite(hidden)
-    return hidden
-
-
-def _index_width(d_model: int) -> int:
-    return (d_model - 1).bit_length()
-
-
-def _rows_of(width: int, widths: Sequence[int]) -> slice | list[int]:
-    """The rows of one width; a slice, which copies nothing, where it is that of all."""
-    if widths.count(width) == len(widths):
-        return slice(None)
-    return [row for row, other in enumerate(widths) if other == width]
-
-
-def _read_table(payload: bytes, tokens: int, d_model: int) -> tuple[list[int], list[int]]:
-    """Widths and numbers of outliers of the tokens of a payload, whose every field is in range."""
-    size = tokens * _TOKEN.size
-    if len(payload) < size:
-        raise CodecError(
-            f"tabq payload of {len(payload)} bytes: the table of {tokens} tokens alone takes {size}; "
-            "send the frame again"
-        )
-    widths, counts = [], []
-    for row, (width, outliers, zero, scale) in enumerate(_TOKEN.iter_unpack(payload[:size])):
-        if _MIN_WIDTH <= width <= _MAX_WIDTH:
-            valid = outliers <= d_model and zero < 2**width and scale <= _MAX_SCALE
-        else:
-            valid = width == _RAW and outliers == zero == scale == 0
-        if not valid:
-            raise CodecError(
-                f"tabq token {row} has width, outliers, zero point, scale {(width, outliers, zero, scale)}: the width "
-                f"is {_RAW} with the rest 0, or {_MIN_WIDTH} to {_MAX_WIDTH} with at most d_model {d_model} outliers, "
-                f"a zero point below 2**width and a scale up to {_MAX_SCALE}; send the frame again"
-            )
-        widths.append(width)
-        counts.append(outliers)
-    return widths, counts
-
-
-def _flat_places(indices: NDArray[np.uint32], outliers: list[int], d_model: int) -> NDArray[np.int64]:
-    """Where the outliers lie in all ``tokens * d_model`` values; ``indices`` rise within a token."""
-    places = indices.astype(np.int64)
-    if len(outliers) > 1:
-        places += np.arange(0, len(outliers) * d_model, d_model).repeat(outliers)
-    if not (np.logical_and.reduce(places[1:] > places[:-1]) and np.logical_and.reduce(indices < d_model)):
-        raise CodecError(
-            f"tabq outlier indices must rise within a token and stay below d_model {d_model}; send the frame again"
-        )
-    return places
+    return front.reconstruct(np.subtract(codes, front.head[:, 2:3], dtype=np.float32))

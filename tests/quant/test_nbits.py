@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from isthmus.errors import ExportError
 from isthmus.quant.nbits import PACKED_BITS, PackedWeight, dequantize, quantize_rtn, unpack
-from isthmus.quant.opsc import BLOCK_SIZES
+from isthmus.quant.opsc import BLOCK_SIZES, PAIRED_ROWS
 
 ALL_BLOCK_SIZES = (16, 32, 64, 128)
 FLOAT_LEVELS, INT8_LEVEL = (0, 1), 4  # accuracy levels: float32 activations, int8 activations
@@ -29,9 +29,12 @@ def matmul_nbits(activations: Array, packed: PackedWeight, accuracy_level: int) 
 
 def kernel(packed: PackedWeight, accuracy_level: int) -> ort.InferenceSession:
     rows = len(packed.codes)
+    constants = {"codes": packed.codes, "scales": packed.scales}
+    if packed.zero_points is not None:
+        constants["zero_points"] = packed.zero_points
     node = helper.make_node(
         "MatMulNBits",
-        ["a", "codes", "scales"],
+        ["a", *constants],
         ["y"],
         domain="com.microsoft",
         K=packed.columns,
@@ -45,7 +48,7 @@ def kernel(packed: PackedWeight, accuracy_level: int) -> ort.InferenceSession:
         "kernel",
         [helper.make_tensor_value_info("a", TensorProto.FLOAT, ["m", packed.columns])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", rows])],
-        [numpy_helper.from_array(packed.codes, "codes"), numpy_helper.from_array(packed.scales, "scales")],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -78,13 +81,17 @@ kernel_shapes = pytest.mark.parametrize(
 )
 
 
+every_symmetry = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+
+
 @kernel_shapes
 @pytest.mark.parametrize("accuracy_level", FLOAT_LEVELS)
 @pytest.mark.parametrize("tokens", [1, 3])
+@every_symmetry
 def test_the_float_kernel_multiplies_with_the_dequantized_weight(
-    bits: int, block_size: int, columns: int, accuracy_level: int, tokens: int
+    bits: int, block_size: int, columns: int, accuracy_level: int, tokens: int, symmetric: bool
 ) -> None:
-    packed = quantize_rtn(random_weight(24, columns), bits, block_size)
+    packed = quantize_rtn(random_weight(24, columns), bits, block_size, symmetric=symmetric)
     activations = random_weight(tokens, columns, seed=1)
     weight = dequantize(packed).astype(np.float64)
     # Float32 sums of K products: an error of at most K half-ulps of the sum of magnitudes.
@@ -95,10 +102,11 @@ def test_the_float_kernel_multiplies_with_the_dequantized_weight(
 
 @kernel_shapes
 @pytest.mark.parametrize("tokens", [1, 3])
+@every_symmetry
 def test_the_int8_kernel_differs_by_no_more_than_its_rounding_of_activations(
-    bits: int, block_size: int, columns: int, tokens: int
+    bits: int, block_size: int, columns: int, tokens: int, symmetric: bool
 ) -> None:
-    packed = quantize_rtn(random_weight(24, columns), bits, block_size)
+    packed = quantize_rtn(random_weight(24, columns), bits, block_size, symmetric=symmetric)
     activations = random_weight(tokens, columns, seed=1)
     weight = dequantize(packed).astype(np.float64)
     # Activations are rounded to 127 steps a block: each is off by half a step at most.
@@ -112,14 +120,19 @@ def test_the_int8_kernel_differs_by_no_more_than_its_rounding_of_activations(
     ("bits", "block_size"), [(bits, size) for bits, sizes in BLOCK_SIZES.items() for size in sizes]
 )
 @pytest.mark.parametrize("columns", [48, 100, 576])
-def test_a_row_has_the_same_bits_whatever_rows_lie_beside_it(bits: int, block_size: int, columns: int) -> None:
-    session = kernel(quantize_rtn(random_weight(37, columns), bits, block_size), INT8_LEVEL)
-    activations = random_weight(33, columns, seed=1)
+@every_symmetry
+def test_a_row_has_the_same_bits_whatever_rows_lie_beside_it(
+    bits: int, block_size: int, columns: int, symmetric: bool
+) -> None:
+    session = kernel(quantize_rtn(random_weight(37, columns), bits, block_size, symmetric=symmetric), INT8_LEVEL)
+    activations = random_weight(34, columns, seed=1)
     whole = session.run(None, {"a": activations})[0]
-    for tokens in (1, 2, 3, 4, 5, 7, 8, 16):
-        for first in (0, 11, 33 - tokens):
+    paired = (bits, block_size) in PAIRED_ROWS
+    for tokens in (2, 4, 8, 16, 34) if paired else (1, 2, 3, 4, 5, 7, 8, 16, 33):
+        for first in (0, 11, 34 - tokens):
             rows = slice(first, first + tokens)
-            assert np.array_equal(session.run(None, {"a": activations[rows]})[0], whole[rows])
+            if rows.stop <= 34:
+                assert np.array_equal(session.run(None, {"a": activations[rows]})[0], whole[rows])
 
 
 SPECIAL_ROWS = {
@@ -205,9 +218,11 @@ def test_every_value_is_rounded_to_the_nearest_code(weight: Array, bits: int, bl
 
 
 @settings(max_examples=30, deadline=None)
-@given(weights, st.sampled_from(PACKED_BITS), st.sampled_from(ALL_BLOCK_SIZES))
-def test_the_kernel_reads_every_code_where_packing_put_it(weight: Array, bits: int, block_size: int) -> None:
-    packed = quantize_rtn(weight, bits, block_size)
+@given(weights, st.sampled_from(PACKED_BITS), st.sampled_from(ALL_BLOCK_SIZES), st.booleans())
+def test_the_kernel_reads_every_code_where_packing_put_it(
+    weight: Array, bits: int, block_size: int, symmetric: bool
+) -> None:
+    packed = quantize_rtn(weight, bits, block_size, symmetric=symmetric)
     one_hot = np.eye(packed.columns, dtype=np.float32)
     assert np.array_equal(matmul_nbits(one_hot, packed, 0).T, dequantize(packed))
 

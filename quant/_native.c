@@ -1,0 +1,453 @@
+/* Trellis-coded quantization and an entropy coder (rANS) for hidden states, both too sequential for NumPy. The coder
+   also takes plain integers (trellis = 0): a table then serves one quantizer, and values are the integers.
+
+   Every function takes arrays through the buffer protocol and checks their sizes; nothing is allocated by what a
+   payload claims. isthmus.quant.trellis tells what the functions are for, and their sources. */
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define VECTORIZED
+#endif
+
+#define STATES 8
+#define LIMIT 15 /* largest magnitude with a symbol of its own */
+#define ESCAPE (2 * LIMIT + 1)
+#define SYMBOLS (2 * LIMIT + 2)
+#define PRECISION 14 /* frequencies of a table sum to 2 ** PRECISION */
+#define LOW (1u << 23) /* the coder's state stays at or above it, once it was */
+#define MAX_ESCAPE_BITS 20
+
+/* Ungerboeck's 8-state trellis over the subsets D0..D3 of the integers. States of even rank hold the union
+   D0 + D2 (even multiples of the step), the others zero and the odd ones; the index's parity picks the branch. */
+static const uint8_t NEXT[STATES][2] = {{0, 1}, {3, 2}, {5, 4}, {6, 7}, {1, 0}, {2, 3}, {4, 5}, {7, 6}};
+static const uint8_t QUANTIZER[STATES] = {0, 1, 0, 1, 0, 1, 0, 1};
+
+typedef struct {
+    const uint8_t *contexts; /* [width], a table's number for each component */
+    const uint16_t *cumulative; /* [tables, quantizers, SYMBOLS + 1] */
+    Py_ssize_t width, tables;
+    int quantizers; /* 2 along the trellis, 1 without: then an index is a plain integer */
+} Model;
+
+static int read_model(Model *model, const Py_buffer *contexts, const Py_buffer *cumulative, int quantizers) {
+    const Py_ssize_t table = quantizers * (SYMBOLS + 1) * (Py_ssize_t)sizeof(uint16_t);
+    model->contexts = contexts->buf;
+    model->cumulative = cumulative->buf;
+    model->width = contexts->len;
+    model->tables = cumulative->len / table;
+    model->quantizers = quantizers;
+    if (cumulative->len % table || !model->width) {
+        PyErr_SetString(PyExc_ValueError, "malformed tables");
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < model->width; i++)
+        if (model->contexts[i] >= model->tables) {
+            PyErr_SetString(PyExc_ValueError, "a context without a table");
+            return -1;
+        }
+    for (Py_ssize_t t = 0; t < quantizers * model->tables; t++) {
+        const uint16_t *row = model->cumulative + t * (SYMBOLS + 1);
+        int valid = row[0] == 0 && row[SYMBOLS] == 1 << PRECISION;
+        for (int s = 0; s < SYMBOLS; s++)
+            valid &= row[s] < row[s + 1];
+        if (!valid) {
+            PyErr_SetString(PyExc_ValueError, "a table's frequencies must be positive and sum to 2 ** 14");
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static const uint16_t *table_of(const Model *model, Py_ssize_t component, int state) {
+    const int quantizer = model->quantizers == 2 ? QUANTIZER[state] : 0;
+    return model->cumulative + (model->quantizers * model->contexts[component] + quantizer) * (SYMBOLS + 1);
+}
+
+/* Points of a quantizer, in steps: even multiples, or zero and the odd ones. */
+static float point(int quantizer, int index) {
+    return (float)(2 * index - (quantizer ? (index > 0) - (index < 0) : 0));
+}
+
+static float reconstruct(const float *offsets, int quantizer, int index) {
+    float value = point(quantizer, index);
+    return index >= -LIMIT && index <= LIMIT ? value + offsets[index + LIMIT] : value;
+}
+
+static int bit_length(uint32_t value) { /* of a positive value, less one */
+    int bits = 0;
+    while (value >> bits > 1)
+        bits++;
+    return bits;
+}
+
+static float rate_of(const float *costs, int index, float bit) {
+    if (index >= -LIMIT && index <= LIMIT)
+        return costs[index + LIMIT];
+    return costs[ESCAPE] + bit * (float)(2 * bit_length((uint32_t)(abs(index) - LIMIT)) + 2);
+}
+
+/* One row's path of least distortion + cost (Viterbi). back: [width, STATES]. */
+static void search_row(const float *values, const Model *model, const float *offsets, const float *costs, float bit,
+                       int32_t *indices, uint8_t *from, int32_t *chosen) {
+    float best[STATES], next[STATES];
+    for (int s = 0; s < STATES; s++)
+        best[s] = s ? INFINITY : 0;
+    for (Py_ssize_t i = 0; i < model->width; i++) {
+        const float value = values[i];
+        float price[2][2];
+        int32_t index[2][2];
+        for (int q = 0; q < 2; q++) {
+            const Py_ssize_t table = 2 * model->contexts[i] + q;
+            const float *offset = offsets + table * (SYMBOLS - 1), *cost = costs + table * SYMBOLS;
+            /* Neighbours of the value in this quantizer, one of each parity, and zero. */
+            const float magnitude = fabsf(value), sign = value < 0 ? -1.0f : 1.0f;
+            const int lower = (int)((magnitude + (q ? 1.0f : 0.0f)) / 2);
+            price[q][0] = price[q][1] = INFINITY;
+            for (int candidate = lower > 0 ? lower - 1 : 0; candidate <= lower + 1; candidate++) {
+                const int32_t k = (int32_t)(sign * (float)candidate);
+                const float error = value - reconstruct(offset, q, k);
+                const float p = error * error + rate_of(cost, k, bit);
+                const int parity = candidate & 1;
+                if (p < price[q][parity]) {
+                    price[q][parity] = p;
+                    index[q][parity] = k;
+                }
+            }
+        }
+        for (int s = 0; s < STATES; s++)
+            next[s] = INFINITY;
+        for (int s = 0; s < STATES; s++)
+            for (int parity = 0; parity < 2; parity++) {
+                const int q = QUANTIZER[s], to = NEXT[s][parity];
+                const float total = best[s] + price[q][parity];
+                if (total < next[to]) {
+                    next[to] = total;
+                    from[i * STATES + to] = (uint8_t)s;
+                    chosen[i * STATES + to] = index[q][parity];
+                }
+            }
+        memcpy(best, next, sizeof best);
+    }
+    int state = 0;
+    for (int s = 1; s < STATES; s++)
+        if (best[s] < best[state])
+            state = s;
+    for (Py_ssize_t i = model->width; i-- > 0;) {
+        indices[i] = chosen[i * STATES + state];
+        state = from[i * STATES + state];
+    }
+}
+
+static PyObject *quantize(PyObject *module, PyObject *args) {
+    Py_buffer values, contexts, cumulative, offsets, costs, indices;
+    float bit;
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*fw*", &values, &contexts, &cumulative, &offsets, &costs, &bit, &indices))
+        return NULL;
+    PyObject *result = NULL;
+    Model model;
+    if (read_model(&model, &contexts, &cumulative, 2) == 0) {
+        const Py_ssize_t rows = values.len / (Py_ssize_t)sizeof(float) / model.width;
+        if (values.len != rows * model.width * (Py_ssize_t)sizeof(float) || indices.len != values.len ||
+            offsets.len != 2 * model.tables * (SYMBOLS - 1) * (Py_ssize_t)sizeof(float) ||
+            costs.len != 2 * model.tables * SYMBOLS * (Py_ssize_t)sizeof(float)) {
+            PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
+        } else {
+            uint8_t *from = PyMem_Malloc((size_t)model.width * STATES);
+            int32_t *chosen = PyMem_Malloc((size_t)model.width * STATES * sizeof(int32_t));
+            if (from && chosen) {
+                for (Py_ssize_t row = 0; row < rows; row++)
+                    search_row((const float *)values.buf + row * model.width, &model, offsets.buf, costs.buf, bit,
+                               (int32_t *)indices.buf + row * model.width, from, chosen);
+                result = Py_NewRef(Py_None);
+            } else
+                PyErr_NoMemory();
+            PyMem_Free(from);
+            PyMem_Free(chosen);
+        }
+    }
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&contexts);
+    PyBuffer_Release(&cumulative);
+    PyBuffer_Release(&offsets);
+    PyBuffer_Release(&costs);
+    PyBuffer_Release(&indices);
+    return result;
+}
+
+/* The coder writes backwards from the end of its buffer, so that the decoder reads forwards. */
+typedef struct {
+    uint32_t state;
+    uint8_t *at, *start;
+} Encoder;
+
+static int put(Encoder *encoder, uint32_t first, uint32_t frequency) {
+    const uint32_t most = ((LOW >> PRECISION) << 8) * frequency;
+    while (encoder->state >= most) {
+        if (encoder->at == encoder->start)
+            return -1;
+        *--encoder->at = (uint8_t)encoder->state;
+        encoder->state >>= 8;
+    }
+    encoder->state = ((encoder->state / frequency) << PRECISION) + encoder->state % frequency + first;
+    return 0;
+}
+
+static int put_bits(Encoder *encoder, uint32_t value, int bits) {
+    int failed = 0;
+    for (int bit = 0; bit < bits; bit++) /* the highest is decoded first */
+        failed |= put(encoder, (value >> bit & 1) << (PRECISION - 1), 1u << (PRECISION - 1));
+    return failed;
+}
+
+static int put_index(Encoder *encoder, const uint16_t *table, int32_t index) {
+    const uint32_t magnitude = (uint32_t)abs(index);
+    int symbol = index + LIMIT, failed = 0;
+    if (magnitude > LIMIT) { /* Elias gamma of the excess, behind the sign */
+        const uint32_t excess = magnitude - LIMIT;
+        const int bits = bit_length(excess);
+        if (bits > MAX_ESCAPE_BITS)
+            return -1;
+        symbol = ESCAPE;
+        failed |= put_bits(encoder, excess & ((1u << bits) - 1), bits);
+        failed |= put_bits(encoder, 1, 1);
+        failed |= put_bits(encoder, 0, bits);
+        failed |= put_bits(encoder, index < 0, 1);
+    }
+    return failed | put(encoder, table[symbol], (uint32_t)(table[symbol + 1] - table[symbol]));
+}
+
+static PyObject *encode(PyObject *module, PyObject *args) {
+    Py_buffer indices, contexts, cumulative, output;
+    unsigned int seed;
+    int trellis;
+    if (!PyArg_ParseTuple(args, "y*y*y*Iw*p", &indices, &contexts, &cumulative, &seed, &output, &trellis))
+        return NULL;
+    PyObject *result = NULL;
+    Model model;
+    if (read_model(&model, &contexts, &cumulative, trellis ? 2 : 1) == 0) {
+        const int32_t *all = indices.buf;
+        const Py_ssize_t rows = indices.len / (Py_ssize_t)sizeof(int32_t) / model.width;
+        uint8_t *states = PyMem_Malloc((size_t)model.width);
+        if (indices.len != rows * model.width * (Py_ssize_t)sizeof(int32_t) || seed >= LOW) {
+            PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
+        } else if (!states) {
+            PyErr_NoMemory();
+        } else {
+            Encoder encoder = {seed, (uint8_t *)output.buf + output.len, output.buf};
+            int failed = 0;
+            for (Py_ssize_t row = rows; row-- > 0 && !failed;) {
+                const int32_t *index = all + row * model.width;
+                int state = 0;
+                for (Py_ssize_t i = 0; i < model.width; i++) {
+                    states[i] = (uint8_t)state;
+                    state = NEXT[state][index[i] & 1];
+                }
+                for (Py_ssize_t i = model.width; i-- > 0 && !failed;)
+                    failed = put_index(&encoder, table_of(&model, i, states[i]), index[i]);
+            }
+            for (; encoder.state && !failed; encoder.state >>= 8) {
+                failed = encoder.at == encoder.start;
+                if (!failed)
+                    *--encoder.at = (uint8_t)encoder.state;
+            }
+            if (failed)
+                PyErr_SetString(PyExc_OverflowError, "the indices take more room than there is");
+            else
+                result = PyLong_FromSsize_t(encoder.at - encoder.start);
+        }
+        PyMem_Free(states);
+    }
+    PyBuffer_Release(&indices);
+    PyBuffer_Release(&contexts);
+    PyBuffer_Release(&cumulative);
+    PyBuffer_Release(&output);
+    return result;
+}
+
+typedef struct {
+    uint32_t state;
+    const uint8_t *at, *end;
+} Decoder;
+
+static void take(Decoder *decoder, uint32_t first, uint32_t frequency) {
+    decoder->state = frequency * (decoder->state >> PRECISION) + (decoder->state & ((1u << PRECISION) - 1)) - first;
+    while (decoder->state < LOW && decoder->at < decoder->end)
+        decoder->state = decoder->state << 8 | *decoder->at++;
+}
+
+static uint32_t take_bit(Decoder *decoder) {
+    const uint32_t bit = decoder->state >> (PRECISION - 1) & 1;
+    take(decoder, bit << (PRECISION - 1), 1u << (PRECISION - 1));
+    return bit;
+}
+
+/* Returns -1 for an escape that no encoder writes. */
+static int take_index(Decoder *decoder, const uint16_t *table, int32_t *index) {
+    const uint32_t slot = decoder->state & ((1u << PRECISION) - 1);
+    int symbol = 0;
+    for (int half = SYMBOLS / 2; half; half /= 2)
+        symbol += table[symbol + half] <= slot ? half : 0;
+    take(decoder, table[symbol], (uint32_t)(table[symbol + 1] - table[symbol]));
+    *index = symbol - LIMIT;
+    if (symbol == ESCAPE) {
+        const uint32_t negative = take_bit(decoder);
+        int bits = 0;
+        while (!take_bit(decoder))
+            if (++bits > MAX_ESCAPE_BITS)
+                return -1;
+        int32_t excess = 1;
+        for (int bit = 0; bit < bits; bit++)
+            excess = excess << 1 | (int32_t)take_bit(decoder);
+        *index = negative ? -(excess + LIMIT) : excess + LIMIT;
+    }
+    return 0;
+}
+
+static PyObject *decode(PyObject *module, PyObject *args) {
+    Py_buffer payload, contexts, cumulative, offsets, values;
+    int trellis;
+    if (!PyArg_ParseTuple(args, "y*y*y*y*w*p", &payload, &contexts, &cumulative, &offsets, &values, &trellis))
+        return NULL;
+    PyObject *result = NULL;
+    Model model;
+    if (read_model(&model, &contexts, &cumulative, trellis ? 2 : 1) == 0) {
+        float *all = values.buf;
+        const Py_ssize_t rows = values.len / (Py_ssize_t)sizeof(float) / model.width;
+        if (values.len != rows * model.width * (Py_ssize_t)sizeof(float) ||
+            offsets.len != (trellis ? 2 : 0) * model.tables * (SYMBOLS - 1) * (Py_ssize_t)sizeof(float)) {
+            PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
+        } else {
+            Decoder decoder = {0, payload.buf, (const uint8_t *)payload.buf + payload.len};
+            while (decoder.state < LOW && decoder.at < decoder.end)
+                decoder.state = decoder.state << 8 | *decoder.at++;
+            int failed = 0;
+            for (Py_ssize_t row = 0; row < rows && !failed; row++) {
+                int state = 0;
+                for (Py_ssize_t i = 0; i < model.width && !failed; i++) {
+                    int32_t index = 0;
+                    failed = take_index(&decoder, table_of(&model, i, state), &index);
+                    const Py_ssize_t table = 2 * model.contexts[i] + QUANTIZER[state];
+                    all[row * model.width + i] =
+                        trellis ? reconstruct((const float *)offsets.buf + table * (SYMBOLS - 1), QUANTIZER[state], index)
+                                : (float)index;
+                    state = NEXT[state][index & 1];
+                }
+            }
+            /* -1: not what `encode` writes. Otherwise the seed that it was given, if the payload is whole. */
+            result = PyLong_FromLong(failed || decoder.at != decoder.end ? -1 : (long)decoder.state);
+        }
+    }
+    PyBuffer_Release(&payload);
+    PyBuffer_Release(&contexts);
+    PyBuffer_Release(&cumulative);
+    PyBuffer_Release(&offsets);
+    PyBuffer_Release(&values);
+    return result;
+}
+
+/* How often each symbol occurs in each table, and the sum of what its values are off its points, for `offsets`. */
+static PyObject *count(PyObject *module, PyObject *args) {
+    Py_buffer values, indices, contexts, counts, sums;
+    if (!PyArg_ParseTuple(args, "y*y*y*w*w*", &values, &indices, &contexts, &counts, &sums))
+        return NULL;
+    PyObject *result = NULL;
+    const Py_ssize_t width = contexts.len, tables = counts.len / (2 * SYMBOLS * (Py_ssize_t)sizeof(int64_t));
+    const Py_ssize_t rows = width ? indices.len / (Py_ssize_t)sizeof(int32_t) / width : 0;
+    int valid = values.len == indices.len && indices.len == rows * width * (Py_ssize_t)sizeof(int32_t) &&
+                counts.len == tables * 2 * SYMBOLS * (Py_ssize_t)sizeof(int64_t) &&
+                sums.len == tables * 2 * (SYMBOLS - 1) * (Py_ssize_t)sizeof(double);
+    for (Py_ssize_t i = 0; i < width; i++)
+        valid &= ((const uint8_t *)contexts.buf)[i] < tables;
+    if (!valid) {
+        PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
+    } else {
+        for (Py_ssize_t row = 0; row < rows; row++) {
+            int state = 0;
+            for (Py_ssize_t i = 0; i < width; i++) {
+                const Py_ssize_t table = 2 * ((const uint8_t *)contexts.buf)[i] + QUANTIZER[state];
+                const int32_t index = ((const int32_t *)indices.buf)[row * width + i];
+                const int escaped = index < -LIMIT || index > LIMIT;
+                ((int64_t *)counts.buf)[table * SYMBOLS + (escaped ? ESCAPE : index + LIMIT)]++;
+                if (!escaped)
+                    ((double *)sums.buf)[table * (SYMBOLS - 1) + index + LIMIT] +=
+                        ((const float *)values.buf)[row * width + i] - point(QUANTIZER[state], index);
+                state = NEXT[state][index & 1];
+            }
+        }
+        result = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&indices);
+    PyBuffer_Release(&contexts);
+    PyBuffer_Release(&counts);
+    PyBuffer_Release(&sums);
+    return result;
+}
+
+/* output += rows of the matrix, weighted; always in the same order, so that a row's bits never depend on its
+   neighbours (BLAS gives no such promise). */
+VECTORIZED static void weigh(const float *restrict input, const float *restrict matrix, float *restrict output,
+                             Py_ssize_t inner, Py_ssize_t stride, Py_ssize_t width) {
+    Py_ssize_t i = 0;
+    for (; i + 4 <= inner; i += 4) {
+        const float *restrict m = matrix + i * stride;
+        const float a = input[i], b = input[i + 1], c = input[i + 2], d = input[i + 3];
+        for (Py_ssize_t j = 0; j < width; j++)
+            output[j] += (a * m[j] + b * m[j + stride]) + (c * m[j + 2 * stride] + d * m[j + 3 * stride]);
+    }
+    for (; i < inner; i++)
+        for (Py_ssize_t j = 0; j < width; j++)
+            output[j] += input[i] * matrix[i * stride + j];
+}
+
+static PyObject *multiply(PyObject *module, PyObject *args) {
+    Py_buffer inputs, matrix, outputs;
+    Py_ssize_t inner, stride, width;
+    if (!PyArg_ParseTuple(args, "y*y*w*nnn", &inputs, &matrix, &outputs, &inner, &stride, &width))
+        return NULL;
+    PyObject *result = NULL;
+    const Py_ssize_t size = (Py_ssize_t)sizeof(float);
+    if (inner < 1 || width < 1 || stride < width || matrix.len / size / stride < inner || inputs.len % (inner * size) ||
+        outputs.len % (width * size) || inputs.len / (inner * size) != outputs.len / (width * size)) {
+        PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
+    } else {
+        const Py_ssize_t rows = inputs.len / (inner * size);
+        memset(outputs.buf, 0, (size_t)outputs.len);
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t row = 0; row < rows; row++)
+            weigh((const float *)inputs.buf + row * inner, matrix.buf, (float *)outputs.buf + row * width, inner,
+                  stride, width);
+        Py_END_ALLOW_THREADS
+        result = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&inputs);
+    PyBuffer_Release(&matrix);
+    PyBuffer_Release(&outputs);
+    return result;
+}
+
+static PyMethodDef METHODS[] = {
+    {"quantize", quantize, METH_VARARGS,
+     "quantize(values, contexts, cumulative, offsets, costs, bit, indices): the trellis path of least cost"},
+    {"encode", encode, METH_VARARGS,
+     "encode(indices, contexts, cumulative, seed, output, trellis) -> offset in output"},
+    {"decode", decode, METH_VARARGS,
+     "decode(payload, contexts, cumulative, offsets, values, trellis) -> seed or -1"},
+    {"count", count, METH_VARARGS, "count(values, indices, contexts, counts, sums): adds to counts and sums"},
+    {"multiply", multiply, METH_VARARGS, "multiply(inputs, matrix, outputs, inner, stride, width)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef MODULE = {
+    .m_base = PyModuleDef_HEAD_INIT, .m_name = "_native", .m_doc = NULL, .m_size = 0, .m_methods = METHODS};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&MODULE); }

@@ -1,0 +1,234 @@
+"""The codec ``klt``: prediction from the token, a calibrated transform, trellis-coded quantization, entropy coding.
+
+A hidden state ``x`` of the token ``t`` is sent as the coefficients ``c = x @ forward - predicted[t]``: what is left of
+it after a prediction that both sides know, in the eigenbasis of that remainder's covariance weighted by the back's
+sensitivity (a Karhunen–Loève transform; `isthmus.export.klt_fit` makes it). In that basis equal errors do equal harm,
+so that one step serves all coefficients (reverse water-filling), and those that vary by less than it are not sent.
+
+A payload says itself how to decode it: one byte level; if its highest bit is set, the tokens that are sent raw (a
+count, their places, their values as ``raw16`` has them); the ids of the coded tokens but the first; and their
+coefficients, coded by `isthmus.quant.trellis`, whose seed is the first token's id. A token is sent raw if it is farther
+from its prediction than any in calibration, as attention sinks are, and so every finite input survives.
+
+A token's reconstruction depends on that token alone: rows are multiplied in one order whatever their number, and each
+has a trellis path of its own.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CodecError
+from .checks import check_shape, finite_hidden
+from .codec import Raw16
+from .trellis import Floats, TrellisTables, native
+
+_RAW_SECTION = 0x80  # of the level's byte
+_RAW_HEADER = struct.Struct("<HI")  # tokens, bytes of their values
+_PREDICTED = "klt-predicted.npy"
+_TABLES = "klt.npz"
+
+
+@dataclass(frozen=True)
+class KLTLevel:
+    """One point on the rate-distortion curve.
+
+    Attributes:
+        step: of every coefficient.
+        bits: per element of the hidden state, as measured in calibration.
+        tables: for the leading coefficients; the others are taken as predicted.
+    """
+
+    step: float
+    bits: float
+    tables: TrellisTables
+
+
+@dataclass(frozen=True)
+class KLTTables:
+    """What export calibrates for the hidden states at one split.
+
+    Attributes:
+        forward: float32 ``[d_model, d_model]``, hidden state to coefficients, the largest variance first.
+        inverse: float32 ``[d_model, d_model]``, its inverse.
+        predicted: int8 ``[vocab_size, d_model]``, each token's coefficients in units of ``predicted_scale``.
+        predicted_scale: float32 ``[d_model]``.
+        limit: largest Euclidean norm of coefficients that are coded.
+        levels: from fine to coarse.
+    """
+
+    forward: Floats
+    inverse: Floats
+    predicted: NDArray[np.int8]
+    predicted_scale: Floats
+    limit: float
+    levels: tuple[KLTLevel, ...]
+
+    def save(self, folder: Path) -> None:
+        """Write the tables as two files of a bundle half."""
+        arrays: dict[str, Any] = {
+            "forward": self.forward,
+            "inverse": self.inverse,
+            "predicted_scale": self.predicted_scale,
+            "limit": self.limit,
+        }
+        for number, level in enumerate(self.levels):
+            arrays[f"step.{number}"], arrays[f"bits.{number}"] = level.step, level.bits
+            arrays |= {f"{field.name}.{number}": getattr(level.tables, field.name) for field in fields(TrellisTables)}
+        np.savez(folder / _TABLES, **arrays)
+        np.save(folder / _PREDICTED, self.predicted)
+
+    @classmethod
+    def load(cls, folder: Path, *, d_model: int, vocab_size: int) -> KLTTables:
+        """Read what `save` wrote; the prediction stays in the file and is mapped.
+
+        Raises:
+            CodecError: not there, damaged, or of another model.
+        """
+        try:
+            with np.load(folder / _TABLES, allow_pickle=False) as file:
+                arrays = dict(file)
+            predicted = np.load(folder / _PREDICTED, mmap_mode="r", allow_pickle=False)
+            levels: list[KLTLevel] = []
+            while f"step.{len(levels)}" in arrays:
+                number = len(levels)
+                tables = TrellisTables(**{f.name: arrays[f"{f.name}.{number}"] for f in fields(TrellisTables)})
+                levels.append(KLTLevel(float(arrays[f"step.{number}"]), float(arrays[f"bits.{number}"]), tables))
+            result = cls(
+                arrays["forward"],
+                arrays["inverse"],
+                np.asarray(predicted),
+                arrays["predicted_scale"],
+                float(arrays["limit"]),
+                tuple(levels),
+            )
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise CodecError(f"{folder / _TABLES}: no calibrated codec there ({error}); export again") from error
+        if result.forward.shape != (d_model, d_model) or predicted.shape != (vocab_size, d_model):
+            raise CodecError(
+                f"{folder / _TABLES}: for d_model {len(result.forward)} and {len(predicted)} tokens, the bundle has "
+                f"{d_model} and {vocab_size}; export again"
+            )
+        return result
+
+
+class KLT:
+    """The codec ``klt`` at one level, which only encoding needs.
+
+    Raises:
+        CodecError: no such level, or the installation has no compiled coder.
+    """
+
+    name: ClassVar[str] = "klt"
+
+    def __init__(self, tables: KLTTables, level: int) -> None:
+        if not 0 <= level < len(tables.levels):
+            raise CodecError(f"level {level}: these tables have levels 0 (finest) to {len(tables.levels) - 1}")
+        native()
+        self._tables = tables
+        self._level = level
+        self._id_type = np.dtype("<u2" if len(tables.predicted) <= 1 << 16 else "<u4")
+        self._first_seed = 1 << max(14, (len(tables.predicted) - 1).bit_length())
+
+    def encode(self, hidden: Floats, token_ids: Sequence[int] = ()) -> bytes:
+        """Encode hidden states ``[tokens, d_model]`` float32 of these tokens.
+
+        Raises:
+            CodecError: NaN or infinity, another width, or ids that do not fit.
+        """
+        hidden, ids = finite_hidden(hidden), np.asarray(token_ids, np.int64)
+        tables = self._tables
+        if hidden.shape != (len(ids), len(tables.forward)) or not (
+            ids.min(initial=0) >= 0 and ids.max(initial=0) < len(tables.predicted)
+        ):
+            raise CodecError(
+                f"hidden states {list(hidden.shape)} and {len(ids)} token ids: klt takes [tokens, "
+                f"{len(tables.forward)}] and as many ids below {len(tables.predicted)}"
+            )
+        level = tables.levels[self._level]
+        width = level.tables.width
+        values = np.empty((len(ids), width), np.float32)
+        native().multiply(hidden, tables.forward, values, hidden.shape[1], hidden.shape[1], width)
+        values -= tables.predicted[ids, :width] * tables.predicted_scale[:width]
+        with np.errstate(over="ignore", invalid="ignore"):
+            ordinary = np.vecdot(values, values) <= tables.limit**2  # false for what overflowed
+        values *= np.float32(1 / level.step)
+        head = bytes([self._level])
+        if not ordinary.all():
+            head = bytes([self._level | _RAW_SECTION]) + _raw_section(hidden, ~ordinary)
+            values, ids = values[ordinary], ids[ordinary]
+            if not len(ids):
+                return head
+        coded = level.tables.encode(level.tables.quantize(values), self._first_seed + int(ids[0]))
+        return b"".join((head, ids[1:].astype(self._id_type).tobytes(), coded))
+
+    def decode(self, payload: bytes, tokens: int, d_model: int) -> Floats:
+        """Decode hidden states ``[tokens, d_model]``, of any level.
+
+        Raises:
+            CodecError: anything that `encode` does not write.
+        """
+        check_shape(tokens, d_model)
+        tables = self._tables
+        if d_model != len(tables.forward):
+            raise CodecError(f"d_model {d_model}: the tables of this bundle are for {len(tables.forward)}")
+        view = memoryview(payload)
+        number = view[0] & ~_RAW_SECTION if len(view) else -1
+        if not 0 <= number < len(tables.levels):
+            raise CodecError(f"klt payload of level {number}: this bundle has levels 0 to {len(tables.levels) - 1}")
+        hidden, rows, at = _read_raw_section(view, tokens, d_model)
+        if not len(rows):
+            if at != len(view):
+                raise CodecError(f"klt payload with {len(view) - at} bytes too many; send the frame again")
+            return hidden
+        level = tables.levels[number]
+        coded_at = at + (len(rows) - 1) * self._id_type.itemsize
+        if len(view) < coded_at:
+            raise CodecError(f"klt payload of {len(view)} bytes: too short for {tokens} tokens; send the frame again")
+        values, seed = level.tables.decode(view[coded_at:], len(rows))
+        ids = np.empty(len(rows), np.int64)
+        ids[0] = seed - self._first_seed
+        ids[1:] = np.frombuffer(view[at:coded_at], self._id_type)
+        if ids.min() < 0 or ids.max() >= len(tables.predicted):
+            raise CodecError("klt payload with a token outside the vocabulary; send the frame again")
+        coefficients = tables.predicted[ids] * tables.predicted_scale
+        coefficients[:, : level.tables.width] += values * np.float32(level.step)
+        decoded = hidden if len(rows) == tokens else np.empty((len(rows), d_model), np.float32)
+        native().multiply(coefficients, tables.inverse, decoded, d_model, d_model, d_model)
+        if decoded is not hidden:
+            hidden[rows] = decoded
+        return hidden
+
+
+def _raw_section(hidden: Floats, raw: NDArray[np.bool_]) -> bytes:
+    places = raw.nonzero()[0]
+    values = Raw16().encode(hidden[places])
+    return b"".join((_RAW_HEADER.pack(len(places), len(values)), places.astype("<u2").tobytes(), values))
+
+
+def _read_raw_section(view: memoryview, tokens: int, d_model: int) -> tuple[Floats, NDArray[np.intp], int]:
+    """The frame's hidden states with the raw rows filled in, the other rows, and where the section ends."""
+    rows = np.arange(tokens)
+    if not view[0] & _RAW_SECTION:
+        return np.empty((tokens, d_model), np.float32), rows, 1
+    places_at = 1 + _RAW_HEADER.size
+    if len(view) < places_at:
+        raise CodecError("klt payload that ends in its header; send the frame again")
+    count, size = _RAW_HEADER.unpack_from(view, 1)
+    values_at = places_at + 2 * count
+    if not 1 <= count <= tokens or len(view) < values_at + size:
+        raise CodecError(f"klt payload of {len(view)} bytes with {count} of {tokens} tokens raw; send the frame again")
+    places = np.frombuffer(view[places_at:values_at], "<u2")
+    if places[-1] >= tokens or (places[1:] <= places[:-1]).any():
+        raise CodecError("klt payload whose raw tokens are not in order; send the frame again")
+    hidden = np.empty((tokens, d_model), np.float32)
+    hidden[places] = Raw16().decode(bytes(view[values_at : values_at + size]), count, d_model)
+    return hidden, np.delete(rows, places), values_at + size

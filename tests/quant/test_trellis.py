@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.errors import CodecError
+from isthmus.quant.trellis import LIMIT, TrellisTables, _points
+
+NEXT = [[0, 1], [3, 2], [5, 4], [6, 7], [1, 0], [2, 3], [4, 5], [7, 6]]
+TABLES = TrellisTables.fit(
+    np.random.default_rng(0).laplace(size=(400, 24)).astype(np.float32) * np.linspace(4, 0.3, 24, dtype=np.float32),
+    np.arange(24, dtype=np.uint8) // 6,
+)
+
+
+def rows_of(seed: int, rows: int, scale: float) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_t(3, (rows, 24)) * scale).astype(np.float32)
+
+
+def reconstruct(index: np.ndarray) -> np.ndarray:
+    """The decoder's rule, written down a second time."""
+    values, state = np.empty(24, np.float32), 0
+    for i, k in enumerate(index.tolist()):
+        quantizer = state & 1
+        values[i] = 2 * k - (np.sign(k) if quantizer else 0)
+        if abs(k) <= LIMIT:
+            values[i] += TABLES.offsets[TABLES.contexts[i], quantizer, k + LIMIT]
+        state = NEXT[state][k & 1]
+    return values
+
+
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 6), scale=st.sampled_from([0.0, 0.1, 2.0, 50.0, 20_000.0]))
+def test_what_is_coded_comes_back(seed: int, rows: int, scale: float) -> None:
+    indices = TABLES.quantize(np.clip(rows_of(seed, rows, scale), -(2**19), 2**19))
+    values, found = TABLES.decode(TABLES.encode(indices, 12345), rows)
+    assert found == 12345
+    np.testing.assert_array_equal(values, [reconstruct(index) for index in indices])
+
+
+def test_the_path_is_the_best_of_all_paths() -> None:
+    """Against every path of a short row that stays near its values."""
+    tables = TrellisTables(TABLES.contexts[:4], TABLES.cumulative, TABLES.offsets)
+    for seed in range(20):
+        values = rows_of(seed, 1, 1.5)[:, :4]
+        points = _points()
+        costs = {}
+        for path in np.ndindex(*[9] * 4):
+            ks, state, cost = [k - 4 for k in path], 0, 0.0
+            for i, k in enumerate(ks):
+                q = state & 1
+                point = points[q, k + LIMIT] + tables.offsets[tables.contexts[i], q, k + LIMIT]
+                cost += (values[0, i] - point) ** 2 + 0.6 * tables.bits[tables.contexts[i], q, k + LIMIT]
+                state = NEXT[state][k & 1]
+            costs[tuple(ks)] = cost
+        found = tuple(tables.quantize(values)[0].tolist())
+        assert costs[found] <= min(costs.values()) + 1e-4
+
+
+def test_a_row_is_quantized_alone_as_among_others() -> None:
+    values = rows_of(3, 50, 2.0)
+    together = TABLES.quantize(values)
+    for row in range(50):
+        np.testing.assert_array_equal(TABLES.quantize(values[row : row + 1])[0], together[row])
+
+
+def test_bytes_are_what_the_tables_promise() -> None:
+    values = np.random.default_rng(1).laplace(size=(2000, 24)).astype(np.float32)
+    indices = TABLES.quantize(values)
+    bits, states = 0.0, np.zeros(len(values), int)
+    for i in range(24):
+        k = indices[:, i]
+        assert np.abs(k).max() <= LIMIT
+        bits += float(TABLES.bits[TABLES.contexts[i], states & 1, k + LIMIT].sum())
+        states = np.array(NEXT)[states, k & 1]
+    assert len(TABLES.encode(indices, 0)) == pytest.approx(bits / 8, rel=0.002)
+
+
+@pytest.mark.parametrize("sigma", [1.5, 3.0, 6.0])
+def test_gaussian_numbers_come_within_a_decibel_of_the_bound(sigma: float) -> None:
+    values = np.random.default_rng(0).normal(0, sigma, (1000, 100)).astype(np.float32)
+    tables = TrellisTables.fit(values, np.zeros(100, np.uint8))
+    payload = tables.encode(tables.quantize(values), 0)
+    error = np.mean((tables.decode(payload, 1000)[0] - values) ** 2) / sigma**2
+    bits = 8 * len(payload) / values.size
+    gap = 10 * np.log10(error) + 20 * np.log10(2) * bits
+    assert 0 <= gap < 0.9  # scalar quantization with the same coder: 1.2 to 1.5
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "empty"])
+def test_a_payload_of_another_length_is_refused_or_ends_elsewhere(change: str) -> None:
+    payload = TABLES.encode(TABLES.quantize(rows_of(5, 3, 2.0)), 777)
+    altered = {"shorter": payload[:-1], "longer": payload + b"\0", "empty": b""}[change]
+    try:
+        _, seed = TABLES.decode(altered, 3)
+    except CodecError as error:
+        assert "send the frame again" in str(error)
+    else:
+        assert seed != 777
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        TrellisTables(np.array([9], np.uint8), TABLES.cumulative, TABLES.offsets),
+        TrellisTables(TABLES.contexts, TABLES.cumulative[..., :-1].copy(), TABLES.offsets),
+        TrellisTables(TABLES.contexts, np.zeros_like(TABLES.cumulative), TABLES.offsets),
+        TrellisTables(TABLES.contexts, TABLES.cumulative, TABLES.offsets[:1].copy()),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused_before_they_are_read(tables: TrellisTables) -> None:
+    with pytest.raises(ValueError):
+        tables.decode(b"abcdefgh", 2)
