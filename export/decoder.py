@@ -2,70 +2,88 @@
 
 Any cut of the layers into blocks computes the same bits. Two things make it so. The norm that opens a block
 adds a zero (``x - x``) to its input, because onnxruntime's fused add-and-norm and its plain norm differ in the
-last bit. And the attention always sees at least two rows, because its one-row path differs from all others: a
-block with packed weights appends a dummy row inside the attention only, a block with float weights carries it
-through, because the one-row float product differs too. The dummy row's keys and values land one row beyond the
-valid ones, where the next step overwrites them; the cache keeps a spare row for that.
+last bit. And the attention always sees at least two rows, because its one-row path differs from all others: it gets
+the tokens and one dummy row, whose keys and values land one row beyond the valid ones, where the next step
+overwrites them; the cache keeps a spare row for that. Where products of an odd row differ, too, in float and at some
+packed precisions, a block carries one or two dummy rows all the way through, so that their number is even.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from ..quant.nbits import PACKED_BITS, PackedWeight, quantize_rtn
-from ..runtime.bundle import Architecture
-from .families.common import LayerTensors
+from ..quant.kv import KVScales
+from ..quant.nbits import PackedWeight
+from ..quant.offsets import OffsetWeight, block_summing_weight
+from ..runtime.bundle import Architecture, KVSpec, TensorRecord
+from .families.common import ROLES, LayerTensors
 from .graph import CONTRIB, GraphWriter
 from .rope import rope_tables
+from .weights import Weights
 
+CACHE_TYPES = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8, "uint8": TensorProto.UINT8}
 ACCURACY_LEVEL = 4  # int8 activations inside MatMulNBits; every other level is several times slower on a CPU
 
 
 @dataclass
 class SegmentBuilder:
-    """Writes one segment's graph at one weight precision.
+    """Writes one segment's graph.
 
     Attributes:
-        tensors: bits that each weight got, for the manifest.
+        names: the weights that will be in it; their precisions decide which rows the graph computes.
+        batched: many sequences advance together by one token each, where export calibrates: the graph's first dimension
+            is free, and there is no dummy row, because nothing there needs the same bits in every chunk.
+        tensors: how each was stored, for the manifest.
     """
 
     writer: GraphWriter
     arch: Architecture
-    bits: int
-    block_size: int
-    tensors: dict[str, int] = field(default_factory=dict)
+    weights: Weights
+    names: Sequence[str]
+    batched: bool = False
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        precisions = [self.weights.precision(name) for name in self.names]
+        self._summed: dict[str, str] = {}
+        odd_differs = any(not precision.packed or precision.paired for precision in precisions)
+        self.even_rows = odd_differs and not self.batched
 
     @property
-    def packed(self) -> bool:
-        """Whether weights go through ``MatMulNBits``."""
-        return self.bits in PACKED_BITS
+    def batch(self) -> int | str:
+        """First dimension of every input and output but the total length."""
+        return "batch" if self.batched else 1
 
     def linear(
         self,
         hidden: str,
         name: str,
-        weight: NDArray[np.float32],
+        tensors: Sequence[str],
         bias: NDArray[np.float32] | None = None,
         *,
         output: str | None = None,
     ) -> str:
-        """``hidden @ weight.T + bias`` for a weight ``[N, K]``; returns the output's name."""
-        self.tensors[name] = self.bits
-        if self.packed:
-            packed = quantize_rtn(weight, self.bits, self.block_size)
-            return self._packed_linear(hidden, name, packed, bias, output)
-        dtype = np.float16 if self.bits == 16 else np.float32
-        stored = self.writer.weight(f"{name}.weight", weight.T.astype(dtype))
-        if self.bits == 16:
-            stored = self.writer.node("Cast", [stored], to=TensorProto.FLOAT)
+        """``hidden @ weight.T + bias`` for a weight ``[N, K]``, stacked from tensors; returns the output's name."""
+        precision = self.weights.precision(name)
+        if precision.packed:
+            stored, self.tensors[name] = self.weights.packed(name, tensors)
+            if isinstance(stored, OffsetWeight):
+                hidden, stored = self._with_block_sums(hidden, stored), stored.packed
+            return self._packed_linear(hidden, name, stored, bias, output)
+        weight = self.weights.read(tensors)
+        dtype = np.float16 if precision.bits == 16 else np.float32
+        self.tensors[name] = TensorRecord(precision.bits, 0, "float", True, weight.size * precision.bits // 8)
+        values = self.writer.weight(f"{name}.weight", weight.T.astype(dtype))
+        if precision.bits == 16:
+            values = self.writer.node("Cast", [values], to=TensorProto.FLOAT)
         if bias is None:
-            return self.writer.node("MatMul", [hidden, stored], output=output)
-        product = self.writer.node("MatMul", [hidden, stored])
+            return self.writer.node("MatMul", [hidden, values], output=output)
+        product = self.writer.node("MatMul", [hidden, values])
         return self.writer.node("Add", [product, self.writer.weight(f"{name}.bias", bias)], output=output)
 
     def _packed_linear(
@@ -73,16 +91,15 @@ class SegmentBuilder:
         hidden: str,
         name: str,
         packed: PackedWeight,
-        bias: NDArray[np.float32] | None,
-        output: str | None,
+        bias: NDArray[np.float32] | None = None,
+        output: str | None = None,
     ) -> str:
-        inputs = [
-            hidden,
-            self.writer.weight(f"{name}.codes", packed.codes),
-            self.writer.weight(f"{name}.scales", packed.scales),
-        ]
+        # In the data file whatever their size: the embedding may be read from there.
+        inputs = [hidden]
+        for part, array in packed.arrays().items():
+            inputs.append(self.writer.constant(f"{name}.{part}", array, external=True))
         if bias is not None:
-            inputs += ["", "", self.writer.weight(f"{name}.bias", bias)]
+            inputs += [""] * (5 - len(inputs)) + [self.writer.weight(f"{name}.bias", bias)]
         return self.writer.node(
             "MatMulNBits",
             inputs,
@@ -94,6 +111,14 @@ class SegmentBuilder:
             block_size=packed.block_size,
             accuracy_level=ACCURACY_LEVEL,
         )
+
+    def _with_block_sums(self, hidden: str, weight: OffsetWeight) -> str:
+        """The input of an `OffsetWeight`, made once for all weights with that input."""
+        if hidden not in self._summed:
+            summing = block_summing_weight(weight.columns, weight.sums, weight.packed.block_size)
+            sums = self._packed_linear(hidden, f"sums.{weight.columns}", summing)
+            self._summed[hidden] = self.writer.node("Concat", [hidden, sums], axis=2)
+        return self._summed[hidden]
 
     def add_and_norm(self, hidden: str, branch: str, name: str, gamma: NDArray[np.float32]) -> tuple[str, str]:
         """Residual sum and its RMS norm; returns (normed, sum)."""
@@ -111,86 +136,154 @@ class SegmentBuilder:
         """A zero of the hidden state's shape, the neutral branch of `add_and_norm`."""
         return self.writer.node("Sub", [hidden, hidden])
 
-    def append_row(self, rows: str, width: int) -> str:
-        """``[1, tokens, width]`` with one zero row after the last."""
-        zero = self.writer.constant(f"zero_row.{width}", np.zeros((1, 1, width), np.float32))
-        return self.writer.node("Concat", [rows, zero], axis=1)
+    def pad_rows(self, hidden: str) -> str:
+        """``[1, tokens, d_model]`` with one zero row appended, or two where that makes their number even."""
+        if not self.even_rows:
+            return hidden
+        tokens = self.writer.node("Shape", [hidden], start=1, end=2)
+        parity = self.writer.node("Mod", [tokens, self._whole("two", 2)])
+        self._tokens = tokens
+        self._attended = self.writer.node("Add", [tokens, self._whole("one", 1)])
+        self._filler = self.writer.node("Sub", [self._whole("one", 1), parity])
+        padding = self.writer.node("Sub", [self._whole("two", 2), parity])
+        return self._append(hidden, self.arch.d_model, padding)
 
-    def drop_last_row(self, rows: str, output: str | None = None) -> str:
-        """``[1, tokens, width]`` without its last row."""
-        bounds = [
-            self.writer.constant(name, np.array([value], np.int64))
-            for name, value in (("row_start", 0), ("row_end", -1), ("row_axis", 1))
-        ]
-        return self.writer.node("Slice", [rows, *bounds], output=output)
+    def rows_to_attend(self, qkv: str) -> str:
+        """The tokens and one row more of what a block carries."""
+        if self.batched:
+            return qkv
+        if self.even_rows:
+            return self._first(qkv, self._attended)
+        zero = self._zeros((self.arch.heads + 2 * self.arch.kv_heads) * self.arch.head_dim, 1)
+        return self.writer.node("Concat", [qkv, zero], axis=1)
+
+    def rows_attended(self, attended: str) -> str:
+        """Undo `rows_to_attend`."""
+        if self.batched:
+            return attended
+        if self.even_rows:
+            return self._append(attended, self.arch.heads * self.arch.head_dim, self._filler)
+        return self._first(attended, self._whole("minus_one", -1))
+
+    def drop_padding(self, rows: str, output: str) -> str:
+        """Undo `pad_rows`, which must have padded."""
+        return self._first(rows, self._tokens, output)
+
+    def _append(self, rows: str, width: int, count: str) -> str:
+        """Append ``count`` zero rows, at most two."""
+        zeros = self._first(self._zeros(width, 2), count)
+        return self.writer.node("Concat", [rows, zeros], axis=1)
+
+    def _first(self, rows: str, end: str, output: str | None = None) -> str:
+        return self.writer.node("Slice", [rows, self._whole("zero", 0), end, self._whole("one", 1)], output=output)
+
+    def _zeros(self, width: int, rows: int) -> str:
+        return self.writer.constant(f"zeros.{rows}.{width}", np.zeros((1, rows, width), np.float32))
+
+    def _whole(self, name: str, value: int) -> str:
+        return self.writer.constant(name, np.array([value], np.int64))
 
 
-Read = Callable[[str], NDArray[np.float32]]  # a checkpoint's tensor by name
+def block_names(layers: range) -> list[str]:
+    """Names of the weights of consecutive layers."""
+    return [f"layers.{layer}.{role}" for layer in layers for role in ROLES]
 
 
-def build_block(builder: SegmentBuilder, read: Read, layers: dict[int, LayerTensors], max_length: int) -> None:
+def build_block(
+    builder: SegmentBuilder,
+    layers: dict[int, LayerTensors],
+    max_length: int,
+    kv: KVSpec,
+    kv_scales: Mapping[int, KVScales],
+) -> None:
     """Write the graph of consecutive layers.
 
     Inputs: ``hidden`` float32 ``[1, tokens, d_model]``; ``seqlens_k`` int32 ``[1]`` and
-    ``total_sequence_length`` int32 scalar, both counting the dummy row (``length + tokens`` and one more);
-    ``past_key.i`` and ``past_value.i`` float32 ``[1, kv_heads, capacity, head_dim]`` for each layer. Outputs:
-    ``hidden_out`` like ``hidden``; ``present_key.i`` and ``present_value.i``, to be bound to the past's memory.
+    ``total_sequence_length`` int32 scalar, both counting the dummy row (``length + tokens`` and one more), where there
+    is one (in a batched graph 1 is ``batch``, and they are one less);
+    ``past_key.i`` and ``past_value.i`` in ``kv``'s layout for each layer. Outputs: ``hidden_out`` like ``hidden``;
+    ``present_key.i`` and ``present_value.i``, to be bound to the past's memory.
+
+    Args:
+        builder: of the segment.
+        layers: the checkpoint's names of each layer's tensors.
+        max_length: most positions that a token can have.
+        kv: layout of the KV cache.
+        kv_scales: of each layer, if the cache is quantized.
     """
     writer, arch = builder.writer, builder.arch
-    cache_shape: list[int | str] = [1, arch.kv_heads, "capacity", arch.head_dim]
-    residual = writer.input("hidden", [1, "tokens", arch.d_model])
-    writer.input("seqlens_k", [1], TensorProto.INT32)
+    cache_shape: list[int | str] = [builder.batch, kv.kv_heads, "capacity", kv.row_width]
+    residual = writer.input("hidden", [builder.batch, "tokens", arch.d_model])
+    writer.input("seqlens_k", [builder.batch], TensorProto.INT32)
     writer.input("total_sequence_length", [], TensorProto.INT32)
     for table, values in zip(("cos", "sin"), rope_tables(arch, max_length + 1), strict=True):
         writer.weight(table, values)
-    if not builder.packed:
-        residual = builder.append_row(residual, arch.d_model)
+    residual = builder.pad_rows(residual)
     branch = builder.zero_like(residual)
     for layer, names in layers.items():
         for side in ("key", "value"):
-            writer.input(f"past_{side}.{layer}", cache_shape)
-            writer.output(f"present_{side}.{layer}", cache_shape)
-        branch, residual = _layer(builder, layer, names, read, residual, branch)
-    if builder.packed:
-        writer.node("Add", [residual, branch], output="hidden_out")
+            writer.input(f"past_{side}.{layer}", cache_shape, CACHE_TYPES[kv.dtype])
+            writer.output(f"present_{side}.{layer}", cache_shape, CACHE_TYPES[kv.dtype])
+        branch, residual = _layer(builder, layer, names, residual, branch, kv_scales.get(layer))
+    if builder.even_rows:
+        builder.drop_padding(writer.node("Add", [residual, branch]), output="hidden_out")
     else:
-        builder.drop_last_row(writer.node("Add", [residual, branch]), output="hidden_out")
-    writer.output("hidden_out", [1, "tokens", arch.d_model])
+        writer.node("Add", [residual, branch], output="hidden_out")
+    writer.output("hidden_out", [builder.batch, "tokens", arch.d_model])
     writer.save()
 
 
 def _layer(
-    builder: SegmentBuilder, layer: int, names: LayerTensors, read: Read, residual: str, branch: str
+    builder: SegmentBuilder,
+    layer: int,
+    names: LayerTensors,
+    residual: str,
+    branch: str,
+    kv_scales: KVScales | None = None,
 ) -> tuple[str, str]:
     """Attention and gated MLP; takes and gives (last branch, residual before that branch is added)."""
-    writer, prefix = builder.writer, f"layers.{layer}"
-    normed, residual = builder.add_and_norm(residual, branch, f"{prefix}.input_norm", read(names.input_norm))
+    writer, prefix, read = builder.writer, f"layers.{layer}", builder.weights.read
+    normed, residual = builder.add_and_norm(residual, branch, f"{prefix}.input_norm", read([names.input_norm]))
     qkv = builder.linear(
         normed,
         f"{prefix}.qkv",
-        np.concatenate([read(name) for name in (names.query, names.key, names.value)]),
-        np.concatenate([read(name) for name in names.qkv_biases]) if names.qkv_biases else None,
+        (names.query, names.key, names.value),
+        read(names.qkv_biases) if names.qkv_biases else None,
     )
-    attended = _attention(builder, layer, qkv)
-    branch = builder.linear(attended, f"{prefix}.attention_output", read(names.attention_output))
-    normed, residual = builder.add_and_norm(residual, branch, f"{prefix}.post_norm", read(names.post_norm))
-    gate = builder.linear(normed, f"{prefix}.gate", read(names.gate))
-    up = builder.linear(normed, f"{prefix}.up", read(names.up))
+    attended = _attention(builder, layer, qkv, kv_scales)
+    branch = builder.linear(attended, f"{prefix}.attention_output", (names.attention_output,))
+    normed, residual = builder.add_and_norm(residual, branch, f"{prefix}.post_norm", read([names.post_norm]))
+    gate = builder.linear(normed, f"{prefix}.gate", (names.gate,))
+    up = builder.linear(normed, f"{prefix}.up", (names.up,))
     activated = writer.node("QuickGelu", [gate], domain=CONTRIB, alpha=1.0)  # x * sigmoid(x): silu in one kernel
     gated = writer.node("Mul", [activated, up])
-    return builder.linear(gated, f"{prefix}.down", read(names.down)), residual
+    return builder.linear(gated, f"{prefix}.down", (names.down,)), residual
 
 
-def _attention(builder: SegmentBuilder, layer: int, qkv: str) -> str:
+def _attention(builder: SegmentBuilder, layer: int, qkv: str, kv_scales: KVScales | None) -> str:
     writer, arch = builder.writer, builder.arch
-    if builder.packed:
-        qkv = builder.append_row(qkv, (arch.heads + 2 * arch.kv_heads) * arch.head_dim)
-    attributes = {"local_window_size": arch.sliding_window} if arch.sliding_window else {}
+    attributes: dict[str, int | str] = {"local_window_size": arch.sliding_window} if arch.sliding_window else {}
+    scales: list[str] = []
+    if kv_scales is not None:
+        # Keys are quantized after their rotation, and a chunk attends to its own keys as they are stored: so the bits
+        # do not depend on the chunk.
+        attributes |= {
+            "kv_cache_bit_width": kv_scales.bits,
+            "k_quant_type": "PER_CHANNEL",
+            "v_quant_type": "PER_CHANNEL",
+        }
+        shape = (1, arch.kv_heads, 1, arch.head_dim)
+        scales = [
+            *("", "", ""),
+            writer.weight(f"layers.{layer}.key_scale", kv_scales.key.reshape(shape)),
+            writer.weight(f"layers.{layer}.value_scale", kv_scales.value.reshape(shape)),
+        ]
     attended, _, _ = writer.node_outputs(
         "GroupQueryAttention",
         [
-            *(qkv, "", "", f"past_key.{layer}", f"past_value.{layer}"),
+            *(builder.rows_to_attend(qkv), "", "", f"past_key.{layer}", f"past_value.{layer}"),
             *("seqlens_k", "total_sequence_length", "cos", "sin"),
+            *scales,
         ],
         [writer.fresh("attended"), f"present_key.{layer}", f"present_value.{layer}"],
         domain=CONTRIB,
@@ -199,19 +292,24 @@ def _attention(builder: SegmentBuilder, layer: int, qkv: str) -> str:
         do_rotary=1,
         **attributes,
     )
-    return builder.drop_last_row(attended) if builder.packed else attended
+    return builder.rows_attended(attended)
 
 
-def build_head(builder: SegmentBuilder, norm: NDArray[np.float32], weight: NDArray[np.float32]) -> None:
-    """Write the graph of the final norm and the vocabulary: ``hidden`` -> ``logits`` ``[1, tokens, vocab_size]``."""
+def build_head(builder: SegmentBuilder, norm: str, weight: str) -> None:
+    """Write the graph of the final norm and the vocabulary: ``hidden`` -> ``logits`` ``[1, tokens, vocab_size]``.
+
+    Args:
+        builder: of this segment.
+        norm: the checkpoint's name of the norm.
+        weight: of the vocabulary's matrix.
+    """
     writer, arch = builder.writer, builder.arch
-    hidden = writer.input("hidden", [1, "tokens", arch.d_model])
-    if not builder.packed:
-        hidden = builder.append_row(hidden, arch.d_model)
-    normed, _ = builder.add_and_norm(hidden, builder.zero_like(hidden), "final_norm", norm)
-    if builder.packed:
-        builder.linear(normed, "head", weight, output="logits")
+    hidden = builder.pad_rows(writer.input("hidden", [builder.batch, "tokens", arch.d_model]))
+    gamma = builder.weights.read([norm])
+    normed, _ = builder.add_and_norm(hidden, builder.zero_like(hidden), "final_norm", gamma)
+    if builder.even_rows:
+        builder.drop_padding(builder.linear(normed, "head", [weight]), output="logits")
     else:
-        builder.drop_last_row(builder.linear(normed, "head", weight), output="logits")
-    writer.output("logits", [1, "tokens", arch.vocab_size])
+        builder.linear(normed, "head", [weight], output="logits")
+    writer.output("logits", [builder.batch, "tokens", arch.vocab_size])
     writer.save()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from tokenizers import Tokenizer
 from .._version import __version__
 from ..devices.backend import MINIMUM_ONNXRUNTIME
 from ..errors import ExportError
-from ..quant.codec import CODECS
-from ..quant.opsc import Recipe
+from ..quant.allocation import mixed
+from ..quant.kv import KVScales
+from ..quant.opsc import CALIBRATED, Recipe
 from ..runtime.bundle import (
     MANIFEST_NAME,
     SCHEMA,
@@ -28,17 +30,26 @@ from ..runtime.bundle import (
     Source,
     sha256_file,
 )
-from .checkpoint import Checkpoint, open_checkpoint
+from .calibration import CALIBRATION_TOKENS, WINDOW, check_tokens
+from .calibration import calibration_windows as windows_of
+from .checkpoint import Checkpoint, TokenizerFiles, open_checkpoint
+from .codec_calibration import UNCALIBRATED, calibrate_codecs
 from .families import family_of
-from .families.common import check_tensors
+from .families.common import check_tensors, weight_tensors
+from .gptq import CalibratedWeights
+from .kv_scales import calibrate_kv
 from .progress import Progress, silent
 from .segments import SegmentWriter
+from .sensitivity import auto
 from .sources import resolve_model
 from .validate import FloatModel, Validator, validation_text
+from .weights import Weights, copies
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_LAYERS_PER_BLOCK = 10  # a block costs about 60 µs a token: with 10 layers, a twentieth of a small model's time
 VALIDATION_TOKENS = 512
+WEIGHT_TOKENS = 16384  # of the calibration text, for weights: 8192 take three minutes of one core for 135M parameters
+KV_TOKENS = 8192  # of the calibration text, for the scales of a KV cache: the float model reads them, and is slow
 
 
 def export_bundle(
@@ -51,6 +62,13 @@ def export_bundle(
     embed_bits: int | None = None,
     head_bits: int | None = None,
     block_size: int = 32,
+    weights: str = "rtn",
+    symmetric: bool = True,
+    front_kv_bits: int = 32,
+    back_kv_bits: int = 32,
+    calibration: str | Path | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    calibration_windows: Sequence[Sequence[int]] | None = None,
     layers_per_block: int = DEFAULT_LAYERS_PER_BLOCK,
     max_length: int | None = None,
     compare_transformers: bool = False,
@@ -69,10 +87,19 @@ def export_bundle(
         embed_bits: bits of the embedding table; by default 8, or more if the front has more.
         head_bits: bits of the vocabulary head; by default 8, or more if the back has more.
         block_size: weights that share a scale: 16, 32, 64 or 128, see `isthmus.quant.opsc.BLOCK_SIZES`.
+        weights: how the layers' codes are found, a key of `isthmus.quant.opsc.RECIPES`.
+        symmetric: whether zero is the middle code of every block; else each block gets a zero point.
+        front_kv_bits: of the KV cache on the device: 32 (float32), 8 or 4.
+        back_kv_bits: of the KV cache on the server.
+        calibration: a UTF-8 text like those that will be read, to calibrate on; by default the model writes its own
+            where something is to be calibrated, and ``cache`` keeps it.
+        calibration_tokens: how much of it, at least eight windows of 512 or of ``max_length``; 0 leaves calibration
+            out: scales of a quantized KV cache are then measured on the text that validation reads.
+        calibration_windows: token ids of texts to calibrate on, in place of the two.
         layers_per_block: most layers in one ONNX file.
         max_length: most positions of a session; by default 2048 or the model's own limit if that is lower.
         compare_transformers: also validate against transformers' own model (needs torch and transformers).
-        cache: where downloaded models are kept; by default the user's cache folder.
+        cache: where downloaded models and what they wrote themselves are kept; by default the user's cache folder.
         offline: use models on this machine only.
         progress: called as the work goes on.
 
@@ -86,9 +113,8 @@ def export_bundle(
     out = Path(out)
     if out.exists():
         raise ExportError(f"{out} exists; export never overwrites: remove it or choose another folder")
-    checkpoint = open_checkpoint(
-        resolve_model(model, cache=Path(cache) if cache else None, offline=offline, progress=progress)
-    )
+    cache_folder = Path(cache) if cache else None
+    checkpoint = open_checkpoint(resolve_model(model, cache=cache_folder, offline=offline, progress=progress))
     family = family_of(checkpoint.config)
     arch: Architecture = family.architecture(checkpoint.config)
     check_tensors(checkpoint, arch, (family.tensors(arch, layer) for layer in range(arch.layers)))
@@ -101,6 +127,10 @@ def export_bundle(
         embed_bits=max(8, front_bits) if embed_bits is None else embed_bits,
         head_bits=max(8, back_bits if split < arch.layers else front_bits) if head_bits is None else head_bits,
         block_size=block_size,
+        weights=weights,
+        symmetric=symmetric,
+        front_kv_bits=front_kv_bits,
+        back_kv_bits=back_kv_bits if split < arch.layers else front_kv_bits,
     )
     if layers_per_block < 1:
         raise ExportError(f"layers_per_block={layers_per_block}: must be at least 1")
@@ -110,18 +140,78 @@ def export_bundle(
             f"max_length={max_length}: must lie between 2 and {arch.max_positions}, the model's positions"
         )
 
+    window = min(WINDOW, max_length)
+    if calibration_tokens:
+        check_tokens(calibration_tokens, window)
+    elif calibration is not None:
+        raise ExportError(f"calibration={calibration} with calibration_tokens=0: leave out one of them")
+    elif weights in CALIBRATED and calibration_windows is None:
+        raise ExportError(
+            f"weights={weights} with calibration_tokens=0: needs a calibration text; choose rtn, mse or hqq"
+        )
+
+    @functools.cache
+    def windows() -> Sequence[Sequence[int]]:
+        """Texts to calibrate on, made when they are first asked for; empty without calibration."""
+        if calibration_windows is not None:
+            return calibration_windows
+        if not calibration_tokens:
+            return []
+        return windows_of(
+            checkpoint,
+            family,
+            arch,
+            None if calibration is None else Path(calibration),
+            tokens=calibration_tokens,
+            window=window,
+            cache=cache_folder,
+            progress=progress,
+        )
+
+    if calibration is not None:
+        windows()  # a file that does not serve is told of before anything is written
+
+    def weight_windows() -> Sequence[Sequence[int]]:
+        """Those of them that weights are calibrated on."""
+        return windows() if calibration_windows is not None else windows()[: max(1, WEIGHT_TOKENS // window)]
+
+    if weights == "mixed":
+        recipe = replace(recipe, exceptions=mixed(recipe))
+    elif weights == "auto":
+        recipe = replace(recipe, exceptions=auto(recipe, checkpoint, family, arch, weight_windows(), progress))
+    tensors = weight_tensors(arch, [family.tensors(arch, layer) for layer in range(arch.layers)])
+    recipe = replace(recipe, exceptions={**recipe.exceptions, **copies(recipe, checkpoint, tensors)})
+
     def build(root: Path) -> Manifest:
-        writer = SegmentWriter(root, checkpoint, family, arch, recipe, layers_per_block, max_length)
+        tokenizer = checkpoint.tokenizer()
+        ids = (
+            Tokenizer.from_str(tokenizer.tokenizer_json)
+            .encode(validation_text())
+            .ids[: min(VALIDATION_TOKENS, max_length)]
+        )
+        reference = FloatModel(checkpoint, family, arch, root)
+        kv_scales: dict[int, KVScales] = {}
+        if min(recipe.front_kv_bits, recipe.back_kv_bits) < 32:
+            texts = windows()
+            if calibration_windows is None:
+                texts = texts[: max(1, KV_TOKENS // window)] or [ids]
+            kv_scales = calibrate_kv(reference, recipe, texts, max_length, progress)
+        source = Weights(checkpoint, recipe.precision)
+        if weights in CALIBRATED:
+            calibrated = CalibratedWeights(checkpoint, family, arch, recipe.precision, weight_windows(), progress)
+            source = replace(source, calibrated=calibrated)
+        writer = SegmentWriter(root, source, family, arch, recipe, layers_per_block, max_length, kv_scales)
         segments = writer.write(progress)
-        manifest = _manifest(root, checkpoint, arch, recipe, segments, max_length)
-        ids = Tokenizer.from_file(str(root / "device" / "tokenizer.json")).encode(validation_text()).ids
-        ids = ids[: min(VALIDATION_TOKENS, max_length)]
+        codecs = UNCALIBRATED
+        if recipe.split < recipe.layers:
+            codecs = calibrate_codecs(root, segments, checkpoint, family, arch, recipe, windows(), progress)
+        manifest = _manifest(root, checkpoint, tokenizer, arch, recipe, segments, max_length, codecs)
         outside = None
         if compare_transformers:
             from .transformers_reference import transformers_logits
 
             outside = transformers_logits(checkpoint, ids)
-        validator = Validator(root, FloatModel(checkpoint, family, arch, root), recipe)
+        validator = Validator(root, reference, recipe, source)
         report = validator.report(segments, ids, progress, outside)
         manifest = replace(manifest, validation=report)
         for half in manifest.files:
@@ -134,17 +224,20 @@ def export_bundle(
 def _manifest(
     root: Path,
     checkpoint: Checkpoint,
+    tokenizer: TokenizerFiles,
     arch: Architecture,
     recipe: Recipe,
     segments: list[Segment],
     max_length: int,
+    codecs: tuple[str, ...],
 ) -> Manifest:
     """Write the tokenizer and describe everything below ``root``; the validation report is still empty."""
-    tokenizer = checkpoint.tokenizer()
     (root / "device" / "tokenizer.json").write_text(tokenizer.tokenizer_json, encoding="utf-8")
     halves: list[Half] = [half for half in ("device", "server") if (root / half).is_dir()]
     precision = asdict(recipe)
-    del precision["layers"]
+    for name in ("layers", "exceptions", "front_kv_bits", "back_kv_bits"):  # told elsewhere
+        del precision[name]
+    kv_bits: dict[Half, int] = {"device": recipe.front_kv_bits, "server": recipe.back_kv_bits}
     return Manifest(
         schema=SCHEMA,
         isthmus=__version__,
@@ -152,8 +245,8 @@ def _manifest(
         architecture=arch,
         max_length=max_length,
         segments=tuple(segments),
-        kv=KVSpec("float32", arch.kv_heads, arch.head_dim),
-        codecs=CODECS,
+        kv={half: KVSpec(kv_bits[half], arch.kv_heads, arch.head_dim) for half in halves},
+        codecs=codecs,
         end_tokens=tokenizer.end_tokens,
         bos_token=tokenizer.bos_token,
         chat_template=tokenizer.chat_template,

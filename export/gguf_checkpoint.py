@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from ..errors import ModelError
 from ..runtime.bundle import sha256_file
 from .checkpoint import TokenizerFiles, normalize_config
+from .gguf_blocks import BLOCK_BITS, SourceBlocks, parse_blocks
 from .gguf_file import GGUFFile
 from .gguf_tokenizer import build_tokenizer
 
@@ -76,12 +78,20 @@ class GGUFCheckpoint:
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Read one tensor as float32."""
         values = self._file.tensor(self._gguf_name(name))
-        if self.config["model_type"] in _INTERLEAVED_ROTARY:
-            if ".q_proj." in name:
-                return self._halves_apart(name, values, self.config["num_attention_heads"])
-            if ".k_proj." in name:
-                return self._halves_apart(name, values, self.config["num_key_value_heads"])
-        return values
+        order = self._row_order(name)
+        return values if order is None else values[order]
+
+    def block_kind(self, name: str) -> GGMLQuantizationType | None:
+        """A tensor's type, if `blocks` can give its blocks."""
+        kind = self._file.tensors[self._gguf_name(name)].type
+        return kind if kind in BLOCK_BITS else None
+
+    def blocks(self, name: str) -> SourceBlocks:
+        """One tensor's quantized blocks."""
+        gguf_name = self._gguf_name(name)
+        blocks = parse_blocks(np.array(self._file.stored(gguf_name)), self._file.tensors[gguf_name].type)
+        order = self._row_order(name)
+        return blocks if order is None else blocks.reordered(order)
 
     def tokenizer(self) -> TokenizerFiles:
         """Build the tokenizer from the metadata."""
@@ -91,16 +101,19 @@ class GGUFCheckpoint:
         """Hex SHA-256 of the file."""
         return {self.path.name: sha256_file(self.path)}
 
-    def _halves_apart(self, name: str, values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-        """Undo llama.cpp's row order of a rotary weight ``[heads * head_dim, d_model]`` or bias.
+    def _row_order(self, name: str) -> NDArray[np.intp] | None:
+        """Which of the file's rows come where, None where they are in order.
 
-        Hugging Face rotates dimension ``i`` of a head with ``i + head_dim/2``, llama.cpp ``2i`` and ``2i+1``.
+        Hugging Face rotates dimension ``i`` of a head with ``i + head_dim/2``, llama.cpp ``2i`` and ``2i+1``: the
+        order undoes that of a rotary weight ``[heads * head_dim, d_model]`` or bias.
         """
-        rows = heads * self.config["head_dim"]
-        if len(values) != rows:
-            raise ModelError(f"{self.path}: {name} has {len(values)} rows, not {rows}; corrupt, fetch it again")
-        pairs = values.reshape(heads, -1, 2, *values.shape[1:])
-        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+        if self.config["model_type"] not in _INTERLEAVED_ROTARY or not (".q_proj." in name or ".k_proj." in name):
+            return None
+        heads = self.config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
+        rows, found = heads * self.config["head_dim"], self.shape(name)[0]
+        if found != rows:
+            raise ModelError(f"{self.path}: {name} has {found} rows, not {rows}; corrupt, fetch it again")
+        return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
 
     def _gguf_name(self, name: str) -> str:
         if name not in self._tensor_names:

@@ -115,13 +115,17 @@ class GGUFFile:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Dequantize one tensor to float32, a few rows at a time."""
-        info = self.tensors[name]
-        stored = self._data[info.start : info.start + info.rows * info.row_bytes].reshape(info.rows, info.row_bytes)
+        info, stored = self.tensors[name], self.stored(name)
         result = np.empty((info.rows, info.shape[-1]), np.float32)
         step = max(1, _CHUNK_ELEMENTS // info.shape[-1])
         for first in range(0, info.rows, step):
             result[first : first + step] = dequantize(np.array(stored[first : first + step]), info.type)
         return result.reshape(info.shape)
+
+    def stored(self, name: str) -> NDArray[np.uint8]:
+        """One tensor's bytes, a row of it for each row: a view of the file."""
+        info = self.tensors[name]
+        return self._data[info.start : info.start + info.rows * info.row_bytes].reshape(info.rows, info.row_bytes)
 
     def _place(self, header_end: int) -> None:
         """Turn offsets into the data section into offsets into the file, and check that all data is there."""

@@ -47,10 +47,10 @@ class GraphWriter:
         """Declare a graph output, produced by a node of that name."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
 
-    def weight(self, name: str, array: NDArray[Any]) -> str:
-        """Add an initializer; large ones go to the data file at once."""
+    def weight(self, name: str, array: NDArray[Any], *, external: bool = False) -> str:
+        """Add an initializer; large ones, or any if ``external``, go to the data file at once."""
         array = np.ascontiguousarray(array)
-        if array.nbytes < INLINE_BYTES:
+        if array.nbytes < INLINE_BYTES and not external:
             self._weights.append(numpy_helper.from_array(array, name))
             return name
         padding = -self._data.tell() % ALIGNMENT
@@ -65,10 +65,10 @@ class GraphWriter:
         self._weights.append(tensor)
         return name
 
-    def constant(self, name: str, array: NDArray[Any]) -> str:
+    def constant(self, name: str, array: NDArray[Any], *, external: bool = False) -> str:
         """Add an initializer once; later calls with the same name reuse it."""
         if all(tensor.name != name for tensor in self._weights):
-            self.weight(name, array)
+            self.weight(name, array, external=external)
         return name
 
     def node(

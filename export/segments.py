@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quant.nbits import PACKED_BITS, quantize_rtn
+from ..quant.kv import KVScales
 from ..quant.opsc import Recipe
-from ..runtime.bundle import Architecture, Half, Segment
-from .checkpoint import Checkpoint
-from .decoder import SegmentBuilder, build_block, build_head
+from ..runtime.bundle import Architecture, Half, KVSpec, Segment, TensorRecord
+from .decoder import SegmentBuilder, block_names, build_block, build_head
 from .families.common import EMBEDDING, FINAL_NORM, HEAD
 from .graph import ALIGNMENT, GraphWriter
 from .progress import Progress
+from .weights import Weights
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,13 @@ class SegmentWriter:
     """Writes the segments of one export below ``root/device`` and ``root/server``."""
 
     root: Path
-    checkpoint: Checkpoint
+    weights: Weights
     family: ModuleType
     arch: Architecture
     recipe: Recipe
     layers_per_block: int
     max_length: int
+    kv_scales: Mapping[int, KVScales] = field(default_factory=dict)
 
     def write(self, progress: Progress) -> list[Segment]:
         """Write every segment; one weight, or one stacked pair, is in memory at a time."""
@@ -60,27 +62,24 @@ class SegmentWriter:
         ]
 
     def _block(self, half: Half, layers: range) -> Segment:
-        bits = self.recipe.layer_bits(layers.start)
         name = f"block-{layers.start:02d}-{layers.stop - 1:02d}"
         writer = GraphWriter(self.root / half, name)
-        builder = SegmentBuilder(writer, self.arch, bits, self.recipe.block_size)
+        builder = SegmentBuilder(writer, self.arch, self.weights, block_names(layers))
         names = {layer: self.family.tensors(self.arch, layer) for layer in layers}
-        build_block(builder, self.checkpoint.tensor, names, self.max_length)
-        return self._segment("block", half, builder, first_layer=layers.start, last_layer=layers.stop)
+        kv = KVSpec(self.recipe.kv_bits(layers.start), self.arch.kv_heads, self.arch.head_dim)
+        build_block(builder, names, self.max_length, kv, self.kv_scales)
+        bits = self.recipe.layer_bits(layers.start)
+        return self._segment("block", half, bits, builder, first_layer=layers.start, last_layer=layers.stop)
 
     def _head(self) -> Segment:
         half: Half = "device" if self.recipe.split == self.recipe.layers else "server"
         writer = GraphWriter(self.root / half, "head")
-        builder = SegmentBuilder(writer, self.arch, self.recipe.head_bits, self.recipe.block_size)
-        build_head(builder, self.checkpoint.tensor(FINAL_NORM), self.checkpoint.tensor(self._head_tensor()))
+        builder = SegmentBuilder(writer, self.arch, self.weights, ["head"])
+        build_head(builder, FINAL_NORM, EMBEDDING if self.arch.tied_embeddings else HEAD)
         offsets = {
-            "codes_offset": writer.offsets.get("head.codes", 0),
-            "scales_offset": writer.offsets.get("head.scales", 0),
+            f"{part}_offset": writer.offsets.get(f"head.{part}", 0) for part in ("codes", "scales", "zero_points")
         }
-        return self._segment("head", half, builder, **offsets)
-
-    def _head_tensor(self) -> str:
-        return EMBEDDING if self.arch.tied_embeddings else HEAD
+        return self._segment("head", half, self.recipe.head_bits, builder, **offsets)
 
     def _embedding(self, head: Segment) -> Segment:
         """The embedding table, or a pointer into the head's file where both are the same packed bytes."""
@@ -92,38 +91,50 @@ class SegmentWriter:
             "half": "device",
             "bits": recipe.embed_bits,
             "block_size": recipe.block_size,
-            "tensors": {"embedding": recipe.embed_bits},
         }
-        if shared and recipe.embed_bits in PACKED_BITS:
+        if shared and recipe.precision("embedding").packed:
             return Segment(
                 data_file=head.data_file,
                 codes_offset=head.codes_offset,
                 scales_offset=head.scales_offset,
+                zero_points_offset=head.zero_points_offset,
+                tensors={"embedding": head.tensors["head"]},
                 **common,
             )
+        offsets = []
         with (self.root / "device" / "embed.data").open("wb") as file:
-            codes, scales = self._embedding_arrays(self.checkpoint.tensor(EMBEDDING))
-            file.write(codes.data)
-            scales_offset = -(-codes.nbytes // ALIGNMENT) * ALIGNMENT
-            if scales is not None:
-                file.seek(scales_offset)
-                file.write(scales.data)
-        return Segment(data_file="embed.data", scales_offset=scales_offset, **common)
+            arrays, stored = self._embedding_arrays()
+            for array in arrays:
+                file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
+                offsets.append(file.tell())
+                file.write(array.data)
+        _, scales_offset, zero_points_offset = (*offsets, 0, 0)[:3]
+        return Segment(
+            data_file="embed.data",
+            scales_offset=scales_offset,
+            zero_points_offset=zero_points_offset,
+            tensors={"embedding": stored},
+            **common,
+        )
 
-    def _embedding_arrays(self, table: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-        if self.recipe.embed_bits in PACKED_BITS:
-            packed = quantize_rtn(table, self.recipe.embed_bits, self.recipe.block_size)
-            return packed.codes, packed.scales
-        return np.ascontiguousarray(table, np.float16 if self.recipe.embed_bits == 16 else np.float32), None
+    def _embedding_arrays(self) -> tuple[list[NDArray[Any]], TensorRecord]:
+        """What is written of the table: codes, scales and perhaps zero points, or floats."""
+        precision = self.recipe.precision("embedding")
+        if precision.packed:
+            packed, stored = self.weights.packed_table("embedding", EMBEDDING)
+            return list(packed.arrays().values()), stored
+        dtype = np.float16 if precision.bits == 16 else np.float32
+        table = np.ascontiguousarray(self.weights.read([EMBEDDING]), dtype)
+        return [table], TensorRecord(precision.bits, 0, "float", True, table.nbytes)
 
-    def _segment(self, kind: Any, half: Half, builder: SegmentBuilder, **fields: int) -> Segment:
+    def _segment(self, kind: Any, half: Half, bits: int, builder: SegmentBuilder, **fields: int) -> Segment:
         writer = builder.writer
         return Segment(
             name=writer.graph_path.stem,
             kind=kind,
             half=half,
-            bits=builder.bits,
-            block_size=builder.block_size,
+            bits=bits,
+            block_size=self.recipe.block_size,
             graph_file=writer.graph_path.name,
             data_file=writer.data_path.name,
             tensors=builder.tensors,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +12,11 @@ from ..errors import ExportError
 from .checkpoint import Checkpoint
 
 
-def transformers_logits(checkpoint: Checkpoint, ids: Sequence[int]) -> NDArray[np.float32]:
-    """Float32 logits ``[tokens, vocab_size]`` of a whole text, with eager attention.
+def transformers_model(checkpoint: Checkpoint) -> Any:
+    """The checkpoint as transformers' own model, in float32 with eager attention, ready to be run.
 
     Raises:
-        ExportError: torch or transformers is not installed.
+        ExportError: torch or transformers is not installed, or the checkpoint is not what its config says.
     """
     try:
         import torch
@@ -32,8 +33,20 @@ def transformers_logits(checkpoint: Checkpoint, ids: Sequence[int]) -> NDArray[n
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ExportError(f"comparing with transformers: missing weights {missing[:3]}, unexpected {unexpected[:3]}")
+    return model.eval()
+
+
+def transformers_logits(checkpoint: Checkpoint, ids: Sequence[int]) -> NDArray[np.float32]:
+    """Float32 logits ``[tokens, vocab_size]`` of a whole text, see `transformers_model`.
+
+    Raises:
+        ExportError: see `transformers_model`.
+    """
+    model = transformers_model(checkpoint)
+    import torch
+
     with torch.no_grad():
-        logits: NDArray[np.float32] = model.eval()(torch.tensor([list(ids)])).logits[0].float().numpy()
+        logits: NDArray[np.float32] = model(torch.tensor([list(ids)])).logits[0].float().numpy()
     return logits
 
 

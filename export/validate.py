@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -18,17 +18,18 @@ from numpy.typing import NDArray
 
 from ..devices.backend import Graph, default_threads
 from ..errors import ExportError
-from ..quant.nbits import PACKED_BITS, dequantize, quantize_rtn
 from ..quant.opsc import Recipe
-from ..runtime.bundle import Architecture, Segment
+from ..runtime.bundle import Architecture, Half, KVSpec, Segment
 from .checkpoint import Checkpoint, open_checkpoint
-from .decoder import SegmentBuilder, build_block, build_head
+from .decoder import SegmentBuilder, block_names, build_block, build_head
 from .families import family_of
 from .families.common import EMBEDDING, FINAL_NORM, HEAD
 from .graph import GraphWriter
 from .progress import Progress
+from .weights import Weights
 
 PROBE_TOKENS = 6  # enough for odd and even counts: kernels compute rows in pairs
+SIDES = ("key", "value")
 HEAD_ROWS = 64  # logits of that many tokens are in memory at a time
 FLOAT_TOLERANCE = 0.05  # a float bundle's logits may differ from the float reference's by this much
 
@@ -48,12 +49,14 @@ class FloatModel:
 
     Args:
         scratch: folder for that graph.
+        threads: of onnxruntime.
     """
 
     checkpoint: Checkpoint
     family: ModuleType
     arch: Architecture
     scratch: Path
+    threads: int = field(default_factory=default_threads)
 
     def embed(self, ids: Sequence[int]) -> Hidden:
         """Hidden states ``[tokens, d_model]`` before the first layer."""
@@ -61,27 +64,47 @@ class FloatModel:
 
     def layer(self, index: int, hidden: Hidden) -> Hidden:
         """One layer over a whole text."""
-        with self._builder() as builder:
+        return self.layer_of_texts(index, [hidden])[0]
+
+    def layer_of_texts(self, index: int, texts: Sequence[Hidden]) -> list[Hidden]:
+        """One layer over several whole texts, its weights read once."""
+        return [hidden for hidden, _, _ in self.layer_with_cache(index, texts)]
+
+    def layer_with_cache(self, index: int, texts: Sequence[Hidden]) -> Iterator[tuple[Hidden, Hidden, Hidden]]:
+        """One layer over several texts: hidden states, and keys and values ``[tokens, kv_heads, head_dim]``.
+
+        Keys are as the cache holds them, rotated to their positions.
+        """
+        kv = KVSpec(32, self.arch.kv_heads, self.arch.head_dim)
+        span = range(index, index + 1)
+        with self._builder(block_names(span)) as builder:
             names = {index: self.family.tensors(self.arch, index)}
-            build_block(builder, self.checkpoint.tensor, names, len(hidden))
-            return run_block(
-                Graph(builder.writer.graph_path, default_threads()), range(index, index + 1), self.arch, hidden
-            )
+            build_block(builder, names, max(map(len, texts)), kv, {})
+            graph = Graph(builder.writer.graph_path, self.threads)
+            for hidden in texts:
+                out, cache = run_block_and_cache(graph, span, kv, hidden)
+                keys, values = (cache[f"{side}.{index}"][0, :, : len(hidden)].swapaxes(0, 1) for side in SIDES)
+                yield out, keys, values
 
     def logits(self, hidden: Hidden) -> Iterator[tuple[slice, Hidden]]:
         """Logits of a few tokens at a time, with the rows that they belong to."""
-        with self._builder() as builder:
-            weight = EMBEDDING if self.arch.tied_embeddings else HEAD
-            build_head(builder, self.checkpoint.tensor(FINAL_NORM), self.checkpoint.tensor(weight))
-            graph = Graph(builder.writer.graph_path, default_threads())
+        with self.head() as head:
             for first in range(0, len(hidden), HEAD_ROWS):
                 rows = slice(first, first + HEAD_ROWS)
-                yield rows, run_head(graph, hidden[rows])
+                yield rows, head(hidden[rows])
 
     @contextmanager
-    def _builder(self) -> Iterator[SegmentBuilder]:
+    def head(self) -> Iterator[Callable[[Hidden], Hidden]]:
+        """The head, opened: hidden states ``[tokens, d_model]`` to logits ``[tokens, vocab_size]``."""
+        with self._builder(["head"]) as builder:
+            build_head(builder, FINAL_NORM, EMBEDDING if self.arch.tied_embeddings else HEAD)
+            yield partial(run_head, Graph(builder.writer.graph_path, self.threads))
+
+    @contextmanager
+    def _builder(self, names: Sequence[str]) -> Iterator[SegmentBuilder]:
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            yield SegmentBuilder(GraphWriter(Path(folder), "reference"), self.arch, 32, 0)
+            writer = GraphWriter(Path(folder), "reference")
+            yield SegmentBuilder(writer, self.arch, Weights.floats(self.checkpoint), names)
 
 
 def float_logits(model: str | Path, ids: Sequence[int]) -> Hidden:
@@ -111,6 +134,7 @@ class Validator:
     root: Path
     reference: FloatModel
     recipe: Recipe
+    weights: Weights
 
     def report(
         self,
@@ -129,6 +153,7 @@ class Validator:
 
         Returns:
             ``tokens``; ``chunking_exact``: whether a token's bits are the same in chunks of other lengths;
+            ``kv``: each half's ``bits`` of KV cache and its ``bytes_per_token`` of context;
             ``segments``: each segment's ``max_abs`` and ``relative`` (median over tokens of the error's
             norm by the output's) difference when both get the float reference's input; ``logits_max_abs``,
             ``top1_agreement``, ``kl`` (mean, nats), ``perplexity`` and ``reference_perplexity`` of the whole chain;
@@ -140,15 +165,15 @@ class Validator:
         arch = self.reference.arch
         steps = arch.layers + 1
         reference = self.reference.embed(ids)
-        chained = self._embedding(reference)
+        chained = self.weights.embedding(ids)
         differences = {"embed": _difference(reference, chained)}
         exact = []
         for segment in (segment for segment in segments if segment.kind == "block"):
             graph = Graph(self.root / segment.half / segment.graph_file, default_threads())
             span = range(segment.first_layer, segment.last_layer)
-            exact.append(_chunking_exact(partial(run_block, graph, span, arch), reference))
-            isolated = run_block(graph, span, arch, reference)
-            chained = run_block(graph, span, arch, chained)
+            kv = self._kv(segment.half)
+            exact.append(_chunking_exact(partial(run_block, graph, span, kv), reference))
+            isolated, chained = (run_block(graph, span, kv, hidden) for hidden in (reference, chained))
             for layer in span:
                 progress(f"validating layer {layer}", layer, steps)
                 reference = self.reference.layer(layer, reference)
@@ -156,7 +181,7 @@ class Validator:
         progress("validating head", arch.layers, steps)
         head = next(segment for segment in segments if segment.kind == "head")
         graph = Graph(self.root / head.half / head.graph_file, default_threads())
-        exact.append(_chunking_exact(partial(run_head, graph), reference))
+        exact.append(_chunking_exact(partial(run_head_in_chunks, graph), reference))
         totals, outside = _Totals(ids), _Totals(ids)
         drifts = []
         for rows, expected in self.reference.logits(reference):
@@ -169,6 +194,7 @@ class Validator:
         progress("validated", steps, steps)
         report = {"tokens": len(ids), "reference": "the float32 model", "segments": differences}
         report["chunking_exact"] = all(exact)
+        report["kv"] = self._kv_report()
         report |= totals.summary()
         if transformers_logits is not None:
             report["transformers"] = outside.summary()
@@ -190,24 +216,34 @@ class Validator:
                 onnxruntime.__version__,
             )
         recipe = self.recipe
-        all_float = min(recipe.front_bits, recipe.back_bits, recipe.embed_bits, recipe.head_bits) == 32
-        if all_float and report["logits_max_abs"] > FLOAT_TOLERANCE:
+        all_bits = [getattr(recipe, field.name) for field in fields(recipe) if field.name.endswith("_bits")]
+        if min(all_bits) == 32 and report["logits_max_abs"] > FLOAT_TOLERANCE:
             raise ExportError(
                 f"validation: float logits differ by {report['logits_max_abs']:.3g}, more than {FLOAT_TOLERANCE}; "
                 "this onnxruntime computes a segment wrongly"
             )
 
-    def _embedding(self, rows: Hidden) -> Hidden:
-        bits = self.recipe.embed_bits
-        if bits in PACKED_BITS:
-            return dequantize(quantize_rtn(rows, bits, self.recipe.block_size))
-        return rows.astype(np.float16).astype(np.float32) if bits == 16 else rows
+    def _kv(self, half: Half) -> KVSpec:
+        bits = self.recipe.front_kv_bits if half == "device" else self.recipe.back_kv_bits
+        return KVSpec(bits, self.reference.arch.kv_heads, self.reference.arch.head_dim)
+
+    def _kv_report(self) -> dict[str, dict[str, int]]:
+        split, layers = self.recipe.split, self.recipe.layers
+        halves: list[tuple[Half, int]] = [("device", split), ("server", layers - split)]
+        return {
+            half: {"bits": self._kv(half).bits, "bytes_per_token": self._kv(half).token_bytes(count)}
+            for half, count in halves
+            if count
+        }
 
 
-def _chunking_exact(run: Callable[[Hidden], Hidden], hidden: Hidden) -> bool:
-    """Whether a segment gives the first tokens of a text the same bits however few of them it runs."""
-    whole = run(hidden[:PROBE_TOKENS])
-    return all(np.array_equal(run(hidden[:tokens]), whole[:tokens]) for tokens in range(1, len(whole)))
+def _chunking_exact(run: Callable[[Hidden, Sequence[int]], Hidden], hidden: Hidden) -> bool:
+    """Whether a segment gives tokens the same bits in chunks of any length, one by one included."""
+    hidden = hidden[:PROBE_TOKENS]
+    tokens = len(hidden)
+    whole = run(hidden, [tokens])
+    chunkings = [[1] * tokens, *([first, tokens - first] for first in range(1, tokens))]
+    return all(np.array_equal(run(hidden, chunks), whole) for chunks in chunkings)
 
 
 def _difference(expected: Hidden, actual: Hidden) -> dict[str, float]:
@@ -257,19 +293,42 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return result
 
 
-def run_block(graph: Graph, layers: range, arch: Architecture, hidden: Hidden) -> Hidden:
-    """Run a block over a whole text ``[tokens, d_model]`` from an empty cache."""
-    tokens = len(hidden)
-    cache = np.zeros((1, arch.kv_heads, tokens + 1, arch.head_dim), np.float32)
-    inputs: dict[str, NDArray[Any]] = {f"past_{side}.{layer}": cache for layer in layers for side in ("key", "value")}
-    inputs |= {
-        "hidden": np.ascontiguousarray(hidden[None]),
-        "seqlens_k": np.array([tokens], np.int32),
-        "total_sequence_length": np.array(tokens + 1, np.int32),
-    }
-    return graph.run(inputs, "hidden_out")[0]
+def run_block(graph: Graph, layers: range, kv: KVSpec, hidden: Hidden, chunks: Sequence[int] | None = None) -> Hidden:
+    """Run a block over a text ``[tokens, d_model]`` from an empty cache, at once or in chunks."""
+    return run_block_and_cache(graph, layers, kv, hidden, chunks)[0]
+
+
+def run_block_and_cache(
+    graph: Graph, layers: range, kv: KVSpec, hidden: Hidden, chunks: Sequence[int] | None = None
+) -> tuple[Hidden, dict[str, NDArray[Any]]]:
+    """Do what `run_block` does.
+
+    Returns:
+        Hidden states like ``hidden``, and the cache of each layer, ``key.i`` and ``value.i``.
+    """
+    names = [f"{side}.{layer}" for layer in layers for side in SIDES]
+    cache: dict[str, NDArray[Any]] = dict.fromkeys(names, np.zeros(kv.shape(len(hidden)), kv.dtype))
+    outputs = ["hidden_out", *(f"present_{name}" for name in names)]
+    parts = []
+    last = 0
+    for tokens in chunks or [len(hidden)]:
+        first, last = last, last + tokens
+        inputs = {f"past_{name}": array for name, array in cache.items()} | {
+            "hidden": np.ascontiguousarray(hidden[None, first:last]),
+            "seqlens_k": np.array([last], np.int32),
+            "total_sequence_length": np.array(last + 1, np.int32),
+        }
+        part, *arrays = graph.session.run(outputs, inputs)
+        parts.append(part[0])
+        cache = dict(zip(names, arrays, strict=True))
+    return np.concatenate(parts), cache
 
 
 def run_head(graph: Graph, hidden: Hidden) -> Hidden:
     """Logits ``[tokens, vocab_size]`` of hidden states ``[tokens, d_model]``."""
     return graph.run({"hidden": np.ascontiguousarray(hidden[None])}, "logits")[0]
+
+
+def run_head_in_chunks(graph: Graph, hidden: Hidden, chunks: Sequence[int]) -> Hidden:
+    """Logits like `run_head`'s, computed chunk by chunk."""
+    return np.concatenate([run_head(graph, rows) for rows in np.split(hidden, np.cumsum(chunks)[:-1])])

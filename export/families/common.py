@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from ..checkpoint import Checkpoint
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+
+ROLES = ("qkv", "attention_output", "gate", "up", "down")  # a layer's matrices, as the graphs multiply with them
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class LayerTensors:
     down: str
     qkv_biases: tuple[str, ...] = ()
 
+    def matrices(self) -> dict[str, tuple[str, ...]]:
+        """Checkpoint names of the tensors that make up each matrix of `ROLES`."""
+        qkv = (self.query, self.key, self.value)
+        others = (self.attention_output, self.gate, self.up, self.down)
+        return {"qkv": qkv} | dict(zip(ROLES[1:], ((name,) for name in others), strict=True))
+
     def shapes(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
         """The shape that each weight must have, by its checkpoint name."""
         width, kv_width = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
@@ -44,6 +52,16 @@ class LayerTensors:
             self.up: (arch.d_ff, arch.d_model),
             self.down: (arch.d_model, arch.d_ff),
         } | dict(zip(self.qkv_biases, ((width,), (kv_width,), (kv_width,)), strict=False))
+
+
+def weight_tensors(arch: Architecture, layers: Sequence[LayerTensors]) -> dict[str, tuple[str, ...]]:
+    """Checkpoint names of the tensors that make up each weight: ``embedding``, ``layers.0.qkv``, ..., ``head``."""
+    matrices = {
+        f"layers.{layer}.{role}": tensors
+        for layer, names in enumerate(layers)
+        for role, tensors in names.matrices().items()
+    }
+    return {"embedding": (EMBEDDING,), **matrices, "head": (EMBEDDING if arch.tied_embeddings else HEAD,)}
 
 
 def base_architecture(

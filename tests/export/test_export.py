@@ -20,7 +20,7 @@ from isthmus.export import validate
 from isthmus.export.export import export_bundle
 from isthmus.export.validate import validation_text
 from isthmus.quant.opsc import WEIGHT_BITS
-from isthmus.runtime.bundle import open_bundle
+from isthmus.runtime.bundle import Manifest, TensorRecord, open_bundle
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.text import Tokenizer
 
@@ -47,9 +47,12 @@ def test_the_manifest_tells_the_recipe_and_the_source(tiny: Any) -> None:
         ("block-03-03", "server", 4),
         ("head", "server", 8),
     ]
+    shapes = {"qkv": (128, 64), "attention_output": (64, 64), "gate": (96, 64), "up": (96, 64), "down": (64, 96)}
     assert manifest.segments[1].tensors == {
-        f"layers.0.{name}": 2 for name in ("qkv", "attention_output", "gate", "up", "down")
+        f"layers.0.{name}": TensorRecord(2, 32, "rtn", True, bytes=rows * columns * 2 // 8 + rows * columns // 32 * 4)
+        for name, (rows, columns) in shapes.items()
     }
+    assert manifest.segments[0].tensors == {"embedding": TensorRecord(16, 0, "float", True, bytes=256 * 64 * 2)}
     assert manifest.source.name == "checkpoint-llama"
     assert manifest.source.format == "safetensors"
     assert set(manifest.source.files) >= {"model.safetensors", "config.json", "tokenizer.json"}
@@ -63,13 +66,15 @@ def test_bits_of_embedding_and_head_follow_those_of_the_layers_but_never_below_8
     expected = {(4, 8): (8, 8), (4, 16): (8, 16), (32, 2): (32, 8)}
     for (front, back), bits in expected.items():
         out = tmp_path / f"{front}-{back}"
-        manifest = export_bundle(str(tiny.checkpoint()), out, split=2, front_bits=front, back_bits=back)
+        manifest = export_bundle(
+            str(tiny.checkpoint()), out, split=2, calibration_tokens=0, front_bits=front, back_bits=back
+        )
         assert (manifest.embed_bits, manifest.head_bits) == bits
 
 
 def test_the_same_export_twice_has_the_same_manifest(tiny: Any, tmp_path: Path) -> None:
     for name in ("one", "other"):
-        export_bundle(str(tiny.checkpoint()), tmp_path / name, split=2)
+        export_bundle(str(tiny.checkpoint()), tmp_path / name, split=2, calibration_tokens=0)
     one, other = (open_bundle(tmp_path / name, "server") for name in ("one", "other"))
     assert one.manifest_sha256 == other.manifest_sha256
 
@@ -85,7 +90,13 @@ def test_a_bundle_holds_its_own_files_and_nothing_else(tiny: Any) -> None:
 
 def test_progress_counts_up_to_what_there_is(tiny: Any, tmp_path: Path) -> None:
     calls: list[tuple[str, int, int]] = []
-    export_bundle(str(tiny.checkpoint()), tmp_path / "out", split=2, progress=lambda *call: calls.append(call))
+    export_bundle(
+        str(tiny.checkpoint()),
+        tmp_path / "out",
+        split=2,
+        calibration_tokens=0,
+        progress=lambda *call: calls.append(call),
+    )
     assert all(0 <= done <= total for _, done, total in calls)
     assert calls[-1][1] == calls[-1][2]
     assert {"layers 0–1", "layers 2–3", "head", "embedding"} <= {what for what, _, _ in calls}
@@ -177,7 +188,7 @@ def test_a_damaged_weight_fails_the_validation(
 @pytest.mark.parametrize("split", [-1, 0, LAYERS + 1])
 def test_a_split_outside_the_model_is_refused(tiny: Any, tmp_path: Path, split: int) -> None:
     with pytest.raises(ExportError, match=f"split {split}: must lie between 1 and {LAYERS}"):
-        export_bundle(str(tiny.checkpoint()), tmp_path / "out", split=split)
+        export_bundle(str(tiny.checkpoint()), tmp_path / "out", split=split, calibration_tokens=0)
     assert not list(tmp_path.iterdir())
 
 
@@ -185,7 +196,7 @@ def test_a_split_outside_the_model_is_refused(tiny: Any, tmp_path: Path, split: 
 @pytest.mark.parametrize("bits", [0, 1, 3, 64])
 def test_bits_out_of_range_are_refused(tiny: Any, tmp_path: Path, name: str, bits: int) -> None:
     with pytest.raises(ExportError, match=f"{name}={bits}: must be one of 2, 4, 8, 16, 32"):
-        export_bundle(str(tiny.checkpoint()), tmp_path / "out", split=2, **{name: bits})
+        export_bundle(str(tiny.checkpoint()), tmp_path / "out", split=2, calibration_tokens=0, **{name: bits})
     assert not list(tmp_path.iterdir())
 
 
@@ -193,13 +204,14 @@ def test_bits_out_of_range_are_refused(tiny: Any, tmp_path: Path, name: str, bit
     ("option", "message"),
     [
         ({"block_size": 48}, "block_size=48: must be 16, 32, 64 or 128"),
-        ({"block_size": 128}, "block_size=128: with front_bits=4 must be one of 16, 32"),
+        ({"block_size": 16, "front_bits": 2}, "block_size=16: with front_bits=2 must be one of 32, 64, 128"),
+        ({"weights": "awq"}, "weights='awq': must be one of rtn, mse, hqq"),
         ({"layers_per_block": 0}, "layers_per_block=0: must be at least 1"),
         ({"max_length": 1}, "max_length=1: must lie between 2 and 512"),
         ({"max_length": 513}, "max_length=513: must lie between 2 and 512"),
     ],
 )
-def test_options_out_of_range_are_refused(tiny: Any, tmp_path: Path, option: dict[str, int], message: str) -> None:
+def test_options_out_of_range_are_refused(tiny: Any, tmp_path: Path, option: dict[str, Any], message: str) -> None:
     with pytest.raises(ExportError, match=message):
         export_bundle(str(tiny.checkpoint()), tmp_path / "out", split=None, **option)
     assert not list(tmp_path.iterdir())
@@ -238,7 +250,7 @@ from isthmus.errors import ExportError
 from isthmus.export.export import export_bundle
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 try:
-    export_bundle(sys.argv[1], sys.argv[2], split=2)
+    export_bundle(sys.argv[1], sys.argv[2], split=2, calibration_tokens=0)
 except ExportError as error:
     print(error)
 """
@@ -295,7 +307,7 @@ def die(what, done, total):
     if what == sys.argv[3]:
         os.kill(os.getpid(), signal.SIGKILL)
 
-export_bundle(sys.argv[1], sys.argv[2], split=2, progress=die)
+export_bundle(sys.argv[1], sys.argv[2], split=2, calibration_tokens=0, progress=die)
 """
 
 
@@ -307,7 +319,7 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tiny: Any, 
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not out.exists()
     assert len(list(tmp_path.iterdir())) == 1, "the abandoned staging folder"
-    export_bundle(str(checkpoint), out, split=2)
+    export_bundle(str(checkpoint), out, split=2, calibration_tokens=0)
     assert list(tmp_path.iterdir()) == [out]
     open_bundle(out, "device")
     open_bundle(out, "server")
@@ -316,7 +328,7 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tiny: Any, 
 def test_an_export_keeps_the_staging_folder_of_one_that_still_runs(tiny: Any, tmp_path: Path) -> None:
     running = tmp_path / f".out.partial-{os.getppid()}"
     running.mkdir()
-    export_bundle(str(tiny.checkpoint()), tmp_path / "out", split=2)
+    export_bundle(str(tiny.checkpoint()), tmp_path / "out", split=2, calibration_tokens=0)
     assert running.is_dir()
 
 
@@ -377,5 +389,78 @@ def test_the_report_says_whether_chunks_of_other_lengths_give_the_same_bits(tiny
     report = open_bundle(tiny.bundle(bits=4, split=2), "device").manifest.validation
     assert report["chunking_exact"] is True
     hidden = np.ones((8, 4), np.float32)
-    assert validate._chunking_exact(lambda rows: rows * 2, hidden)
-    assert not validate._chunking_exact(lambda rows: rows + len(rows) % 2, hidden)
+    assert validate._chunking_exact(lambda rows, chunks: rows * 2, hidden)
+    assert not validate._chunking_exact(lambda rows, chunks: rows + chunks[0] % 2, hidden)
+
+
+# Calibrated weights
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(np.random.default_rng(0).integers(32, 127, 6000).tolist()))
+    return path
+
+
+def test_a_calibrated_bundle_comes_closer_than_a_rounded_one(tiny: Any, text: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"split": 2, "front_bits": 4, "back_bits": 4}
+    calibrated = export_bundle(
+        str(tiny.checkpoint()), tmp_path / "calibrated", weights="gptq", calibration=text, **options
+    )
+    rounded = export_bundle(str(tiny.checkpoint()), tmp_path / "rounded", **options)
+    assert calibrated.validation["kl"] < rounded.validation["kl"]
+    assert calibrated.validation["chunking_exact"] is True
+    assert calibrated.weights == "gptq"
+    for segment, other in zip(calibrated.segments, rounded.segments, strict=True):
+        expected = "gptq" if segment.kind == "block" else "rtn"
+        assert {record.method for record in segment.tensors.values()} == {expected}
+        assert [r.bytes for r in segment.tensors.values()] == [r.bytes for r in other.tensors.values()]
+
+
+def test_without_a_file_the_model_writes_what_its_weights_are_calibrated_on(tiny: Any, tmp_path: Path) -> None:
+    manifest = export_bundle(
+        str(tiny.checkpoint()),
+        tmp_path / "out",
+        split=None,
+        weights="gptq",
+        calibration_tokens=4096,
+        cache=tmp_path / "cache",
+    )
+    assert {record.method for record in manifest.segments[1].tensors.values()} == {"gptq"}
+    assert list((tmp_path / "cache" / "calibration").iterdir())
+
+
+@pytest.mark.parametrize("weights", ["gptq", "mixed", "auto"])
+def test_weights_that_calibrate_need_a_text(tiny: Any, tmp_path: Path, weights: str) -> None:
+    with pytest.raises(ExportError, match=rf"weights={weights} with calibration_tokens=0: needs a calibration text"):
+        export_bundle(str(tiny.checkpoint()), tmp_path / "out", split=2, weights=weights, calibration_tokens=0)
+    assert not (tmp_path / "out").exists()
+
+
+def layer_bytes(manifest: Manifest, half: str) -> int:
+    blocks = [segment for segment in manifest.segments if segment.kind == "block" and segment.half == half]
+    return sum(record.bytes for segment in blocks for record in segment.tensors.values())
+
+
+def test_auto_spends_each_half_s_bytes_where_they_matter(tiny: Any, text: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"split": 2, "front_bits": 4, "back_bits": 8, "calibration": text}
+    plain = export_bundle(str(tiny.checkpoint()), tmp_path / "plain", weights="gptq", **options)
+    auto = export_bundle(str(tiny.checkpoint()), tmp_path / "auto", weights="auto", **options)
+    for half in ("device", "server"):
+        assert 0.9 * layer_bytes(plain, half) < layer_bytes(auto, half) <= layer_bytes(plain, half)
+    stored = {name: record for segment in auto.segments for name, record in segment.tensors.items()}
+    assert len({(record.bits, record.block_size) for name, record in stored.items() if name.startswith("layers")}) > 2
+    assert auto.validation["chunking_exact"] is True
+    assert auto.validation["kl"] < plain.validation["kl"]
+
+
+def test_mixed_gives_some_weights_twice_the_bits(tiny: Any, text: Path, tmp_path: Path) -> None:
+    manifest = export_bundle(
+        str(tiny.checkpoint()), tmp_path / "out", split=None, front_bits=4, weights="mixed", calibration=text
+    )
+    bits = {name: record.bits for segment in manifest.segments for name, record in segment.tensors.items()}
+    assert {name for name, value in bits.items() if value == 8} == {
+        "embedding", "head", "layers.2.qkv", "layers.2.down"
+    }  # fmt: skip
+    assert bits["layers.2.up"] == bits["layers.0.qkv"] == 4

@@ -1,0 +1,78 @@
+"""Calibrating a bundle's codecs on what its own front makes of the calibration text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from ..errors import CodecError
+from ..quant.codec import CODECS
+from ..quant.opsc import Recipe
+from ..quant.trellis import native
+from ..runtime.bundle import Architecture, Segment
+from .calibration import document_start
+from .checkpoint import Checkpoint
+from .families.common import EMBEDDING
+from .float_gradients import gradients_at
+from .front_states import hidden_states, isolated_states
+from .klt_fit import CalibrationStates, fit_klt
+from .progress import Progress
+from .tabq_fit import fit_tabq
+
+GRADIENT_SHARE = 4  # one text in so many: a gradient costs about six times a text's way through the back
+
+TABQ_SHARE = 4  # one text in so many: eight histograms need few
+LEAST_TOKENS = 256
+
+logger = logging.getLogger(__name__)
+
+UNCALIBRATED = tuple(name for name in CODECS if name not in ("tabq-rans", "klt"))
+
+
+def calibrate_codecs(
+    root: Path,
+    segments: Sequence[Segment],
+    checkpoint: Checkpoint,
+    family: ModuleType,
+    arch: Architecture,
+    recipe: Recipe,
+    windows: Sequence[Sequence[int]],
+    progress: Progress,
+) -> tuple[str, ...]:
+    """Fit the calibrated codecs to a staged bundle and write their tables into both halves.
+
+    Args:
+        root: the staging folder.
+        segments: what was written there.
+        windows: token ids of the calibration texts; with fewer than `LEAST_TOKENS` nothing is fitted.
+
+    Returns:
+        The names of all codecs that the bundle has.
+    """
+    if sum(map(len, windows)) < LEAST_TOKENS:
+        return UNCALIBRATED
+    try:
+        native()
+    except CodecError as error:
+        logger.warning("the calibrated codecs are left out: %s", error)
+        return UNCALIBRATED
+    hidden = hidden_states(root, segments, checkpoint, arch, recipe, windows, progress=progress)
+    gradients = gradients_at(
+        checkpoint, recipe.split, windows[::GRADIENT_SHARE], start=hidden[::GRADIENT_SHARE], progress=progress
+    )
+    states = CalibrationStates(
+        ids=windows,
+        hidden=hidden,
+        gradients=[gradient[1:] for gradient in gradients],
+        embedding=checkpoint.tensor(EMBEDDING),
+        isolated=isolated_states(
+            checkpoint, family, arch, recipe, document_start(checkpoint.tokenizer()), progress=progress
+        ),
+    )
+    klt, tabq = fit_klt(states, progress), fit_tabq(hidden[::TABQ_SHARE])
+    for half in ("device", "server"):
+        klt.save(root / half)
+        tabq.save(root / half)
+    return CODECS
