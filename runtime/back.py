@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..devices.backend import default_threads
+from ..quant.codec import Codec
 from .bundle import Bundle, Manifest, open_bundle
+from .codecs import open_codec
 from .sampling import Sampler, Sampling
 from .segments import Head, LayerStack, StackSession
 
@@ -18,6 +20,8 @@ class BackEngine:
     """An opened back half. Not thread-safe: one thread runs all its sessions."""
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
+        self._bundle = bundle
+        self._codecs: dict[str, Codec] = {}
         self.manifest: Manifest = bundle.manifest
         self.manifest_sha256 = bundle.manifest_sha256
         self._stack = LayerStack(bundle, threads)
@@ -35,6 +39,12 @@ class BackEngine:
     def new_session(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = ()) -> BackSession:
         """A session of at most ``max_tokens`` positions; ``context_ids`` feed the repetition penalty."""
         return BackSession(self._stack.session(max_tokens), self._head, Sampler(sampling, context_ids))
+
+    def codec(self, name: str) -> Codec:
+        """A decoder of what devices send; raises `CodecError` if this bundle has no such codec."""
+        if name not in self._codecs:
+            self._codecs[name] = open_codec(self._bundle, name)
+        return self._codecs[name]
 
     @property
     def onnxruntime_seconds(self) -> float:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import BundleError
+from ..quant.kv import KV_BITS
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
 
 Half = Literal["device", "server"]
@@ -53,12 +55,33 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class TensorRecord:
+    """How one weight is stored.
+
+    Attributes:
+        bits: 2, 4 or 8 packed, 16 or 32 as floats.
+        block_size: weights that share a scale.
+        method: how its codes were found: ``rtn``, ``mse``, ``hqq``, ``gptq``, or ``copied`` from a source that is
+            quantized already; ``float`` at 16 and 32 bits.
+        symmetric: whether the zero point is the middle code everywhere.
+        bytes: codes, scales and zero points.
+    """
+
+    bits: int
+    block_size: int
+    method: str
+    symmetric: bool
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Segment:
     """One ONNX graph, or the embedding table, with the layers ``[first_layer, last_layer)`` in it.
 
-    ``tensors`` tells what each weight got, for example ``{"layers.0.down_proj": 4}`` (bits).
-    The embedding has no graph: its rows are read from ``data_file`` at ``codes_offset`` (packed codes,
-    one row after the other) and ``scales_offset`` (float32, ``d_model / block_size`` a row).
+    ``bits`` and ``block_size`` are those of the recipe; ``tensors`` tells what each weight got, by a name such as
+    ``layers.0.down``. The embedding has no graph: its rows are read from ``data_file`` at ``codes_offset`` (packed
+    codes, one row after the other), ``scales_offset`` (float32, ``d_model / block_size`` a row) and, if it is not
+    symmetric, ``zero_points_offset`` (packed like the codes, each row filled up to whole bytes).
     """
 
     name: str
@@ -72,17 +95,51 @@ class Segment:
     data_file: str = ""
     codes_offset: int = 0
     scales_offset: int = 0
-    tensors: dict[str, int] = field(default_factory=dict)
+    zero_points_offset: int = 0
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class KVSpec:
-    """Layout of the KV cache: ``[1, kv_heads, capacity, head_dim]`` for each of keys and values."""
+    """Layout of one half's KV cache: `shape` of `dtype` for each layer's keys and for its values.
 
-    dtype: str
+    Attributes:
+        bits: 32 (float32), 8 (int8 codes) or 4 (codes two a byte); the scales lie in the graphs.
+        spare_rows: rows beyond the capacity, for the graph's dummy row.
+    """
+
+    bits: int
     kv_heads: int
     head_dim: int
     spare_rows: int = 1
+
+    def __post_init__(self) -> None:
+        if self.bits not in KV_BITS:
+            raise BundleError(
+                f"KV cache of {self.bits} bits: must be one of {', '.join(map(str, KV_BITS))}; export the bundle again"
+            )
+
+    @property
+    def dtype(self) -> str:
+        """NumPy's name of what is stored."""
+        return {32: "float32", 8: "int8", 4: "uint8"}[self.bits]
+
+    @property
+    def row_width(self) -> int:
+        """Stored elements of a position's head."""
+        return self.head_dim // 2 if self.bits == 4 else self.head_dim
+
+    def shape(self, capacity: int) -> tuple[int, int, int, int]:
+        """``(1, kv_heads, rows, row_width)`` for so many positions."""
+        return 1, self.kv_heads, capacity + self.spare_rows, self.row_width
+
+    def cache_bytes(self, layers: int, capacity: int) -> int:
+        """Bytes that keys and values of so many layers take, the spare rows included."""
+        return 2 * layers * math.prod(self.shape(capacity)) * max(self.bits // 8, 1)
+
+    def token_bytes(self, layers: int) -> int:
+        """Bytes that one more position takes in so many layers."""
+        return self.cache_bytes(layers, 1) - self.cache_bytes(layers, 0)
 
 
 @dataclass(frozen=True)
@@ -108,9 +165,11 @@ class Manifest:
     embed_bits: int
     head_bits: int
     block_size: int
+    weights: str
+    symmetric: bool
     max_length: int
     segments: tuple[Segment, ...]
-    kv: KVSpec
+    kv: dict[Half, KVSpec]
     codecs: tuple[str, ...]
     end_tokens: tuple[int, ...]
     bos_token: int | None
@@ -124,6 +183,10 @@ class Manifest:
     def device_only(self) -> bool:
         """Whether the whole model lies on the device."""
         return self.split == self.architecture.layers
+
+    def half_layers(self, half: Half) -> int:
+        """Layers of one half."""
+        return self.split if half == "device" else self.architecture.layers - self.split
 
     def to_json(self) -> str:
         """Serialise with sorted keys, so that equal manifests have equal bytes."""
@@ -142,6 +205,11 @@ class Bundle:
     def segments(self, kind: SegmentKind | None = None) -> list[Segment]:
         """Segments of this half in execution order, all or of one kind."""
         return [s for s in self.manifest.segments if s.half == self.half and kind in (None, s.kind)]
+
+    @property
+    def kv(self) -> KVSpec:
+        """Layout of this half's KV cache."""
+        return self.manifest.kv[self.half]
 
     def path(self, name: str) -> Path:
         """Absolute path of a file of this half."""
@@ -185,7 +253,9 @@ def _choose_half(root: Path, manifest: Manifest, wanted: Half | None) -> Half:
     """The half to open, once it is clear that the folder is that one."""
     if wanted and wanted not in manifest.files:
         raise BundleError(f"{root}: this export keeps the whole model on the device, there is no {wanted} half")
-    held = [half for half, files in manifest.files.items() if any((root / file.name).exists() for file in files)]
+    names = {half: {file.name for file in files} for half, files in manifest.files.items()}
+    shared = set.intersection(*names.values()) if len(names) > 1 else set()  # a codec's tables, which tell nothing
+    held = [half for half in names if any((root / name).exists() for name in names[half] - shared)]
     if wanted and held and wanted not in held:
         raise BundleError(f"{root} is the {held[0]} half; give the {wanted} half")
     half = wanted or next(iter(held), None)
@@ -223,8 +293,8 @@ def parse_manifest(text: bytes, origin: Path) -> Manifest:
             | {
                 "source": Source(**data["source"]),
                 "architecture": Architecture(**data["architecture"]),
-                "segments": tuple(Segment(**segment) for segment in data["segments"]),
-                "kv": KVSpec(**data["kv"]),
+                "segments": tuple(map(_segment, data["segments"])),
+                "kv": {half: KVSpec(**data["kv"][half]) for half in data["files"]},
                 "codecs": tuple(data["codecs"]),
                 "end_tokens": tuple(data["end_tokens"]),
                 "files": {half: tuple(FileEntry(**f) for f in files) for half, files in data["files"].items()},
@@ -232,3 +302,7 @@ def parse_manifest(text: bytes, origin: Path) -> Manifest:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{origin}: {error}; not a manifest of schema {SCHEMA}, export the bundle again") from error
+
+
+def _segment(data: dict[str, Any]) -> Segment:
+    return Segment(**data | {"tensors": {name: TensorRecord(**record) for name, record in data["tensors"].items()}})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..devices.backend import Graph, require_onnxruntime
 from ..errors import RequestError
-from ..quant.nbits import PACKED_BITS, unpack
+from ..quant.nbits import PACKED_BITS, PackedWeight, dequantize
 from .bundle import Bundle, KVSpec
 
 MAX_LANES = 8  # chunk lengths whose buffers are kept: one token, the prefill chunk, its remainder, drafts
@@ -24,22 +25,28 @@ MAX_LANES = 8  # chunk lengths whose buffers are kept: one token, the prefill ch
 class Embedding:
     """Rows of the embedding table, dequantized one by one from the memory-mapped file."""
 
+    _zero_points: NDArray[np.uint8] | None = None
+
     def __init__(self, bundle: Bundle) -> None:
         segment = bundle.segments("embed")[0]
         arch = bundle.manifest.architecture
-        self._bits = segment.bits
-        self._vocab_size = arch.vocab_size
+        self._vocab_size, self._d_model = arch.vocab_size, arch.d_model
+        self._bits, self._block_size = segment.bits, segment.block_size
         path = bundle.path(segment.data_file)
+
+        def table(dtype: Any, offset: int, columns: int) -> NDArray[Any]:
+            # A memmap, but indexed without its class's cost.
+            return np.asarray(np.memmap(path, dtype, "r", offset, (arch.vocab_size, columns)))
+
         if segment.bits in PACKED_BITS:
             blocks = -(-arch.d_model // segment.block_size)
-            shape = (arch.vocab_size, blocks, segment.block_size * segment.bits // 8)
-            rows = np.memmap(path, np.uint8, "r", segment.codes_offset, shape)
-            self._scales = np.asarray(np.memmap(path, np.float32, "r", segment.scales_offset, shape[:2]))
+            self._rows = table(np.uint8, segment.codes_offset, blocks * segment.block_size * segment.bits // 8)
+            self._scales = table(np.float32, segment.scales_offset, blocks)
+            if not segment.tensors["embedding"].symmetric:
+                self._zero_points = table(np.uint8, segment.zero_points_offset, -(-blocks * segment.bits // 8))
         else:
             dtype = np.float16 if segment.bits == 16 else np.float32
-            rows = np.memmap(path, dtype, "r", segment.codes_offset, (arch.vocab_size, arch.d_model))
-        self._rows = np.asarray(rows)  # a memmap, but indexed without its class's cost
-        self._d_model = arch.d_model
+            self._rows = table(dtype, segment.codes_offset, arch.d_model)
 
     def rows(self, token_ids: list[int]) -> NDArray[np.float32]:
         """Hidden states ``[tokens, d_model]`` float32 before the first layer.
@@ -53,10 +60,10 @@ class Embedding:
         stored = self._rows[token_ids]
         if self._bits not in PACKED_BITS:
             return stored.astype(np.float32)
-        values = unpack(stored, self._bits).astype(np.float32)
-        values -= 1 << (self._bits - 1)
-        values *= self._scales[token_ids][..., None]
-        return values.reshape(len(token_ids), -1)[:, : self._d_model]
+        scales = self._scales[token_ids]
+        zero_points = None if self._zero_points is None else self._zero_points[token_ids]
+        codes = stored.reshape(*scales.shape, -1)
+        return dequantize(PackedWeight(codes, scales, self._d_model, self._bits, self._block_size, zero_points))
 
 
 class KVCache:
@@ -70,10 +77,9 @@ class KVCache:
     def __init__(self, layers: range, spec: KVSpec, capacity: int) -> None:
         self.length = 0
         self.capacity = capacity
-        shape = (1, spec.kv_heads, capacity + spec.spare_rows, spec.head_dim)
         # calloc: pages that no position has reached yet take no memory.
         self.values = {
-            (side, layer): ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+            (side, layer): ort.OrtValue.ortvalue_from_numpy(np.zeros(spec.shape(capacity), spec.dtype))
             for layer in layers
             for side in ("key", "value")
         }
@@ -83,11 +89,6 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise RequestError(f"roll back to {length}: must lie between 0 and {self.length}")
         self.length = length
-
-    @staticmethod
-    def bytes_for(layers: int, spec: KVSpec, capacity: int) -> int:
-        """Bytes that a cache of that many layers would take at full length."""
-        return 2 * layers * spec.kv_heads * (capacity + spec.spare_rows) * spec.head_dim * 4
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class LayerStack:
     def __init__(self, bundle: Bundle, threads: int) -> None:
         require_onnxruntime(bundle.manifest.minimum_onnxruntime)
         self.manifest = bundle.manifest
+        self.kv = bundle.kv
         self.blocks = [
             (segment, Graph(bundle.path(segment.graph_file), threads)) for segment in bundle.segments("block")
         ]
@@ -125,7 +127,7 @@ class LayerStack:
 
     def session(self, capacity: int) -> StackSession:
         """A session of at most ``capacity`` positions, its KV cache allocated."""
-        return StackSession(self, KVCache(self.layers, self.manifest.kv, capacity))
+        return StackSession(self, KVCache(self.layers, self.kv, capacity))
 
     @property
     def onnxruntime_seconds(self) -> float:
@@ -134,7 +136,7 @@ class LayerStack:
 
     def kv_bytes(self, capacity: int) -> int:
         """Bytes of KV cache that a session of that capacity takes."""
-        return KVCache.bytes_for(len(self.layers), self.manifest.kv, capacity)
+        return self.kv.cache_bytes(len(self.layers), capacity)
 
 
 class StackSession:

@@ -58,14 +58,18 @@ class Tokenizer:
             raise BundleError(f"{path}: not a readable tokenizer.json ({error}); repeat the export") from error
         return cls(backend, chat_template, special_tokens, end_tokens)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Ids of a text, with the special tokens that the checkpoint adds; none if the text begins with BOS.
+
+        Args:
+            text: what to encode.
+            special_tokens: whether any are added.
 
         Raises:
             RequestError: the text holds lone surrogates.
         """
         bos = self._special_tokens.get("bos_token")
-        return self._encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+        return self._encode(text, add_special_tokens=special_tokens and not (bos and text.startswith(bos)))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Ids of `apply_chat`; every special token comes from the template, as in transformers.

@@ -110,6 +110,32 @@ class Breakdown:
 
 
 @dataclass(frozen=True)
+class CodecCost:
+    """What the codec costs in one test: medians over its tokens, of the prompt as a whole or of each new one.
+
+    Attributes:
+        bytes_up_per_token: sent, with everything that the wire adds above TLS.
+        encode_percent: of the front's time inside onnxruntime.
+        decode_percent: of the back's.
+    """
+
+    test: str
+    bytes_up_per_token: float
+    encode_percent: float
+    decode_percent: float
+
+    @classmethod
+    def of(cls, test: str, tokens: Sequence[Token], positions: int) -> CodecCost:
+        """Medians over tokens that each took ``positions`` positions through a link."""
+        return cls(
+            test,
+            median(token.bytes_up / positions for token in tokens),
+            median(100 * token.report.encode_s / token.front_onnxruntime_s for token in tokens),
+            median(100 * token.report.server_decode_s / token.report.onnxruntime_s for token in tokens),
+        )
+
+
+@dataclass(frozen=True)
 class BenchReport:
     """What `bench` measured. Memory is this process's, None where the system does not tell.
 
@@ -117,12 +143,14 @@ class BenchReport:
         peak_rss_mb: most resident memory since the process began, mapped weights included.
         peak_anon_mb: most anonymous memory during the tests.
         breakdown: of the decoded tokens, if the model is split.
+        codec: of each test, if the model is split.
     """
 
     results: tuple[BenchResult, ...]
     peak_rss_mb: float | None
     peak_anon_mb: float | None
     breakdown: Breakdown | None = None
+    codec: tuple[CodecCost, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The form that ``isthmus bench --json`` prints."""
@@ -133,6 +161,8 @@ class BenchReport:
         }
         if self.breakdown is not None:
             report["breakdown"] = asdict(self.breakdown)
+        if self.codec:
+            report["codec"] = [asdict(cost) for cost in self.codec]
         return report
 
 
@@ -167,23 +197,30 @@ def bench(
         raise RequestError(f"repetitions={repetitions}: must be at least 1")
     tests = [("pp", count) for count in prompt_tokens] + [("tg", count) for count in new_tokens]
     results: list[BenchResult] = []
+    costs: list[CodecCost] = []
     decoded: list[Token] = []
+    split = not model.manifest.device_only
     with AnonymousPeak() as anonymous:
         for kind, count in tests:
             samples: list[float] = []
+            measured: list[Token] = []
             for repetition in range(-1, repetitions):
                 prompt, new = (count, 1) if kind == "pp" else (1, count)
                 seconds, tokens_made = generate_exactly(model, prompt, new)
                 if repetition >= 0:
                     samples.append(count / seconds)
-                    decoded += tokens_made if kind == "tg" else []
+                    measured += tokens_made
                 progress(f"{kind}{count}", repetition + 1, repetitions)
             results.append(BenchResult(f"{kind}{count}", model.threads, tuple(samples)))
+            decoded += measured if kind == "tg" else []
+            if split:
+                costs.append(CodecCost.of(f"{kind}{count}", measured, count if kind == "pp" else 1))
     return BenchReport(
         results=tuple(results),
         peak_rss_mb=process_memory().peak_resident_mb,
         peak_anon_mb=anonymous.peak_mb,
-        breakdown=Breakdown.of(decoded) if decoded and not model.manifest.device_only else None,
+        breakdown=Breakdown.of(decoded) if decoded and split else None,
+        codec=tuple(costs),
     )
 
 

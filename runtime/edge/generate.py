@@ -54,8 +54,10 @@ class Back(Protocol):
         """Most tokens in one step."""
         ...
 
-    def step(self, hidden: NDArray[np.float32], position: int, *, sample: bool) -> StepReport:
-        """Take hidden states ``[tokens, d_model]`` of consecutive positions; give a token if asked for one."""
+    def step(
+        self, hidden: NDArray[np.float32], position: int, token_ids: Sequence[int] = (), *, sample: bool
+    ) -> StepReport:
+        """Take hidden states ``[tokens, d_model]`` of consecutive positions and their tokens; give a token if asked."""
         ...
 
     def close(self, *, cancel: bool = False) -> None:
@@ -80,7 +82,9 @@ class LocalBack:
         """Most tokens in one step."""
         return PREFILL_CHUNK
 
-    def step(self, hidden: NDArray[np.float32], position: int, *, sample: bool) -> StepReport:
+    def step(
+        self, hidden: NDArray[np.float32], position: int, token_ids: Sequence[int] = (), *, sample: bool
+    ) -> StepReport:
         """Choose the token after the last hidden state, if asked for."""
         if not sample:
             return StepReport()
@@ -105,6 +109,7 @@ class Token(NamedTuple):
         front_s: seconds in the device's embedding and layers.
         front_onnxruntime_s: of that, inside onnxruntime.
         total_s: seconds from the step's begin to the token.
+        report: the sum of the costs of all its chunks.
     """
 
     id: int
@@ -145,25 +150,26 @@ def _step(embedding: Embedding, front: StackSession, back: Back, ids: list[int],
     """Run ids through front and back, in chunks, and take the token after the last."""
     started = perf_counter()
     chunk = min(back.chunk_limit(), PREFILL_CHUNK)
-    bytes_up = bytes_down = 0
+    reports: list[StepReport] = []
     front_s = onnxruntime_s = 0.0
     for first in range(0, len(ids), chunk):
         begun, busy = perf_counter(), front.onnxruntime_seconds
         position = front.cache.length
-        hidden = front.forward(embedding.rows(ids[first : first + chunk]))
+        chunk_ids = ids[first : first + chunk]
+        hidden = front.forward(embedding.rows(chunk_ids))
         front_s += perf_counter() - begun
         onnxruntime_s += front.onnxruntime_seconds - busy
-        report = back.step(hidden, position, sample=first + chunk >= len(ids))
-        bytes_up += report.bytes_up
-        bytes_down += report.bytes_down
-    if report.token is None:
+        reports.append(back.step(hidden, position, chunk_ids, sample=first + chunk >= len(ids)))
+    token = reports[-1].token
+    if token is None:
         raise ProtocolError("BAD_RESULT", "the step asked for a token and its result holds none")
+    report = StepReport(token, *(sum(costs) for costs in zip(*(each[1:] for each in reports), strict=True)))
     return Token(
-        id=report.token,
+        id=token,
         source=back.source,
         layers=layers,
-        bytes_up=bytes_up,
-        bytes_down=bytes_down,
+        bytes_up=report.bytes_up,
+        bytes_down=report.bytes_down,
         front_s=front_s,
         front_onnxruntime_s=onnxruntime_s,
         total_s=perf_counter() - started,

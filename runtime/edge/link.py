@@ -145,13 +145,16 @@ class RemoteBack:
             self.close(cancel=True)  # the session may be there already
             raise
 
-    def step(self, hidden: NDArray[np.float32], position: int, *, sample: bool) -> StepReport:
+    def step(
+        self, hidden: NDArray[np.float32], position: int, token_ids: Sequence[int] = (), *, sample: bool
+    ) -> StepReport:
         """Send hidden states; wait for the token if one is asked for.
 
         Without ``sample`` the call returns while the step is on its way, unless `PIPELINE_DEPTH` steps are.
 
         Args:
             hidden: ``[tokens, d_model]`` of consecutive positions, at most `chunk_limit` of them.
+            token_ids: of the same positions.
             position: of the first; smaller than the session's length rolls the server back to it.
             sample: whether the token after the last position is wanted.
 
@@ -168,7 +171,7 @@ class RemoteBack:
         session = self._session
         bytes_up, bytes_down = session.bytes_up, session.bytes_down
         started = perf_counter()
-        payload = self._codec.encode(hidden)
+        payload = self._codec.encode(hidden, token_ids)
         session.last_step += 1
         message = step_message(session.last_step, position, len(hidden), sample, payload)
         encoded = perf_counter()

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...devices.backend import default_threads
 from ...errors import RequestError
-from ...quant.codec import make_codec
 from ..bundle import open_bundle
+from ..codecs import default_codec, open_codec
 from ..sampling import Sampling
 from ..segments import Embedding, Head, LayerStack
 from ..text import StopStrings, Tokenizer
@@ -44,8 +44,8 @@ class EdgeModel:
         *,
         server: str | None = None,
         security: ChannelSecurity | None = None,
-        codec: str = "tabq",
-        codec_options: Mapping[str, Any] | None = None,
+        codec: str | None = None,
+        level: int | None = None,
         threads: int | None = None,
     ) -> None:
         """Open ``OUT/device``; nothing is sent before the first generation.
@@ -54,8 +54,9 @@ class EdgeModel:
             folder: the device half of a bundle.
             server: ``HOST:PORT`` of the server half; needed exactly if the bundle is split.
             security: how to reach the server; by default TLS with the system's authorities.
-            codec: what hidden states are sent in: ``raw32``, ``raw16`` or ``tabq``.
-            codec_options: options of that codec, for example ``{"tolerance": 0.05}``.
+            codec: what hidden states are sent in, one of the manifest's; by default ``klt`` if export calibrated it,
+                else ``tabq``.
+            level: of that codec, from 0, the finest; see `isthmus.runtime.codecs.open_codec`.
             threads: of onnxruntime; by default the processors at hand, at most four.
 
         Raises:
@@ -72,7 +73,7 @@ class EdgeModel:
                 else f"no server given: layers {manifest.split}–{manifest.architecture.layers - 1} of this bundle run "
                 "on one; start `isthmus serve` and give its address"
             )
-        self._codec = make_codec(codec, **(codec_options or {}))
+        self._codec = open_codec(bundle, codec or default_codec(bundle), level)
         self._server, self._security = server, security
         self._manifest_sha256 = bundle.manifest_sha256
         self.tokenizer = Tokenizer.from_file(
@@ -93,14 +94,15 @@ class EdgeModel:
         server: str | None = None,
         tls_ca: str | Path | None = None,
         insecure: bool = False,
-        codec: str = "tabq",
+        codec: str | None = None,
+        level: int | None = None,
         threads: int | None = None,
     ) -> EdgeModel:
         """Open ``OUT/device`` with the options that most apps need; see the class for the rest."""
         from ..wire.security import ChannelSecurity
 
         security = ChannelSecurity(ca_file=Path(tls_ca) if tls_ca else None, insecure=insecure)
-        return cls(folder, server=server, security=security, codec=codec, threads=threads)
+        return cls(folder, server=server, security=security, codec=codec, level=level, threads=threads)
 
     def stream(
         self,

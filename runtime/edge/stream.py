@@ -41,9 +41,20 @@ class Generation:
         """Generated tokens, the end token included."""
         return len(self.token_ids)
 
+    @property
+    def prefill_bytes_up(self) -> int:
+        """Bytes sent for the prompt, up to the first token."""
+        return sum(token.bytes_up for token in self.tokens[:1])
+
+    @property
+    def decode_bytes_up(self) -> int:
+        """Bytes sent for the generated tokens."""
+        return sum(token.bytes_up for token in self.tokens[1:])
+
     def to_dict(self) -> dict[str, Any]:
         """The form that ``isthmus generate --json`` prints."""
         result = asdict(self) | {"new_tokens": self.new_tokens}
+        result |= {"prefill_bytes_up": self.prefill_bytes_up, "decode_bytes_up": self.decode_bytes_up}
         result["tokens"] = [
             {"id": t.id, "source": t.source, "layers": t.layers, "bytes_up": t.bytes_up} for t in self.tokens
         ]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ...quant.codec import Codec
 from ..bundle import Manifest
 from ..sampling import Sampling
 
@@ -54,6 +55,10 @@ class ComputeEngine(Protocol):
     @property
     def manifest_sha256(self) -> str:
         """Its hash, as the handshake compares it."""
+        ...
+
+    def codec(self, name: str) -> Codec:
+        """A decoder of what devices send."""
         ...
 
     @property

@@ -9,7 +9,8 @@ from time import perf_counter
 import grpc
 
 from ..._version import __version__
-from ...quant.codec import CODECS, Codec, make_codec
+from ...errors import CodecError
+from ...quant.codec import CODECS, Codec
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, check_hello, parse_client_message
 from ..wire.transport import PIPELINE_DEPTH, SERVICE, SESSION_METHOD
@@ -122,7 +123,10 @@ class _Stream:
             split=manifest.split,
             codecs=[name for name in manifest.codecs if name in CODECS],
         )
-        self._codec = make_codec(message.hello.codec)
+        try:
+            self._codec = self._engine.codec(message.hello.codec)
+        except CodecError as error:
+            raise Refusal("UNSUPPORTED_CODEC", str(error)) from error
         limits = pb.Limits(
             max_frame_bytes=self._limits.max_frame_bytes,
             max_frame_tokens=self._limits.max_frame_tokens,

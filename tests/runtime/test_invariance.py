@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.quant.opsc import BLOCK_SIZES, WEIGHT_BITS
+from isthmus.quant.opsc import BLOCK_SIZES, PAIRED_ROWS, WEIGHT_BITS
 from isthmus.runtime.back import BackEngine
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.sampling import Sampling
@@ -25,7 +25,17 @@ TOKENS = 48
 TEXT = np.random.default_rng(5).integers(0, 256, TOKENS).tolist()
 PROMPTS = [np.random.default_rng(seed).integers(0, 256, length).tolist() for seed, length in enumerate((1, 2, 7, 30))]
 
-all_bits = pytest.mark.parametrize("bits", WEIGHT_BITS)
+Precision = dict[str, int]  # options of an export
+
+
+def weights_and_cache(bits: int, kv_bits: int = 32) -> Any:
+    """One precision of all weights and one of the KV cache."""
+    options = {"bits": bits, "front_kv_bits": kv_bits, "back_kv_bits": kv_bits}
+    return pytest.param(options, id=f"{bits}" if kv_bits == 32 else f"{bits}-kv{kv_bits}")
+
+
+quantized_caches = [weights_and_cache(bits, kv_bits) for bits in (4, 32) for kv_bits in (8, 4)]
+all_precisions = pytest.mark.parametrize("precision", [*map(weights_and_cache, WEIGHT_BITS), *quantized_caches])
 # Mistral's window of 24 is shorter than the text; Qwen2 has biases.
 all_kinds = pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "llama-wide"])
 
@@ -39,7 +49,7 @@ def chunks_of(cuts: set[int]) -> list[int]:
     return np.diff([0, *sorted(cuts), TOKENS]).tolist()
 
 
-@all_bits
+@all_precisions
 @all_kinds
 @pytest.mark.parametrize(
     "chunks",
@@ -47,15 +57,26 @@ def chunks_of(cuts: set[int]) -> list[int]:
     ids=["ones", "twos", "threes", "mixed", "all but one"],
 )
 def test_any_chunking_gives_the_same_bits(
-    tiny: Any, local_model: Models, kind: str, bits: int, chunks: list[int]
+    tiny: Any, local_model: Models, kind: str, precision: Precision, chunks: list[int]
 ) -> None:
-    model = local_model(tiny.bundle(kind, bits=bits))
+    model = local_model(tiny.bundle(kind, **precision))
     assert_same_bits(model.run(TEXT, chunks), model.run(TEXT, [TOKENS]))
 
 
-@all_bits
-def test_drawn_chunkings_give_the_same_bits(tiny: Any, local_model: Models, bits: int) -> None:
-    model = local_model(tiny.bundle("llama", bits=bits))
+@all_precisions
+def test_a_text_longer_than_the_attention_s_own_blocks_has_the_same_bits(
+    tiny: Any, local_model: Models, precision: Precision
+) -> None:
+    ids = np.random.default_rng(6).integers(0, 256, 500).tolist()
+    model = local_model(tiny.bundle("llama", **precision))
+    whole = model.run(ids, [500])
+    for chunks in ([128, 128, 128, 116], [1, 255, 1, 1, 242], [300, *[1] * 200]):
+        assert_same_bits(model.run(ids, chunks), whole)
+
+
+@all_precisions
+def test_drawn_chunkings_give_the_same_bits(tiny: Any, local_model: Models, precision: Precision) -> None:
+    model = local_model(tiny.bundle("llama", **precision))
     whole = model.run(TEXT, [TOKENS])
 
     @settings(max_examples=25, deadline=None)
@@ -67,64 +88,88 @@ def test_drawn_chunkings_give_the_same_bits(tiny: Any, local_model: Models, bits
 
 
 @pytest.mark.parametrize(("bits", "block_size"), [(bits, n) for bits, sizes in BLOCK_SIZES.items() for n in sizes])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_every_block_size_that_is_offered_keeps_the_bits(
-    tiny: Any, local_model: Models, bits: int, block_size: int
+    tiny: Any, local_model: Models, bits: int, block_size: int, symmetric: bool
 ) -> None:
-    model = local_model(tiny.bundle("llama", bits=bits, block_size=block_size))
-    assert_same_bits(model.run(TEXT, [1] * TOKENS), model.run(TEXT, [TOKENS]))
+    model = local_model(tiny.bundle("llama", bits=bits, block_size=block_size, symmetric=symmetric))
+    whole = model.run(TEXT, [TOKENS])
+    for chunks in ([1] * TOKENS, [3] * (TOKENS // 3), [1, 5, 2, 8, 1, 1, 30]):
+        assert_same_bits(model.run(TEXT, chunks), whole)
 
 
-@all_bits
+@pytest.mark.parametrize(("bits", "block_size"), sorted(PAIRED_ROWS))
+def test_rows_computed_in_pairs_keep_their_bits_with_any_threads_split_and_rollback(
+    tiny: Any, local_model: Callable[..., Any], bits: int, block_size: int
+) -> None:
+    folder = tiny.bundle("llama-wide", bits=bits, block_size=block_size)
+    one = local_model(folder, threads=1).run(TEXT, [TOKENS])
+    for threads in (2, 3):
+        for chunks in ([TOKENS], [1] * TOKENS, [1, 7, TOKENS - 8]):
+            assert_same_bits(local_model(folder, threads=threads).run(TEXT, chunks), one)
+    halves = local_model(tiny.bundle("llama-wide", bits=bits, block_size=block_size, split=1))
+    assert_same_bits(halves.run(TEXT, [20, 1, 27]), one)
+    session = halves.session(TOKENS)
+    session.forward(TEXT[:16] + TEXT[: TOKENS - 16])
+    session.truncate(16)
+    assert_same_bits(session.forward(TEXT[16:]), (one[0][16:], one[1][16:]))
+
+
+@all_precisions
 @pytest.mark.parametrize("kind", ["llama", "llama-wide"])
-def test_the_number_of_threads_changes_no_bit(tiny: Any, local_model: Callable[..., Any], kind: str, bits: int) -> None:
-    folder = tiny.bundle(kind, bits=bits)
+def test_the_number_of_threads_changes_no_bit(
+    tiny: Any, local_model: Callable[..., Any], kind: str, precision: Precision
+) -> None:
+    folder = tiny.bundle(kind, **precision)
     one = local_model(folder, threads=1).run(TEXT, [TOKENS])
     for threads in (1, 2, 3):
         for chunks in ([TOKENS], [1] * TOKENS, [2] * (TOKENS // 2), [1, 7, TOKENS - 8]):
             assert_same_bits(local_model(folder, threads=threads).run(TEXT, chunks), one)
 
 
-@all_bits
+@all_precisions
 @pytest.mark.parametrize("split", [1, 2, 3])
 def test_every_split_computes_what_the_unsplit_model_computes(
-    tiny: Any, local_model: Models, split: int, bits: int
+    tiny: Any, local_model: Models, split: int, precision: Precision
 ) -> None:
-    whole = local_model(tiny.bundle(bits=bits))
-    halves = local_model(tiny.bundle(bits=bits, split=split))
+    whole = local_model(tiny.bundle(**precision))
+    halves = local_model(tiny.bundle(**precision, split=split))
     assert_same_bits(halves.run(TEXT, [20, 1, 27]), whole.run(TEXT, [TOKENS]))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("precision", [weights_and_cache(4), weights_and_cache(8), weights_and_cache(8, 8)])
 @pytest.mark.parametrize("split", [1, 2, 3])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=3, repetition_penalty=1.3)], ids=str)
 def test_every_split_generates_what_the_unsplit_model_generates(
-    tiny: Any, local_model: Models, split: int, bits: int, sampling: Sampling
+    tiny: Any, local_model: Models, split: int, precision: Precision, sampling: Sampling
 ) -> None:
-    whole = local_model(tiny.bundle(bits=bits))
-    halves = local_model(tiny.bundle(bits=bits, split=split))
+    whole = local_model(tiny.bundle(**precision))
+    halves = local_model(tiny.bundle(**precision, split=split))
     for prompt in PROMPTS:
         expected = whole.generate(prompt, 64, sampling=sampling)
         assert len(set(expected)) > 10, "the model repeats itself: too easy a test"
         assert halves.generate(prompt, 64, sampling=sampling, chunk=5) == expected
 
 
-@all_bits
+@all_precisions
 @pytest.mark.parametrize("layers_per_block", [1, 3, 4])
 def test_how_layers_are_cut_into_blocks_changes_no_bit(
-    tiny: Any, local_model: Models, layers_per_block: int, bits: int
+    tiny: Any, local_model: Models, layers_per_block: int, precision: Precision
 ) -> None:
-    blocks = local_model(tiny.bundle(bits=bits, layers_per_block=layers_per_block))
-    pairs = local_model(tiny.bundle(bits=bits, layers_per_block=2))
+    blocks = local_model(tiny.bundle(**precision, layers_per_block=layers_per_block))
+    pairs = local_model(tiny.bundle(**precision, layers_per_block=2))
     assert len(blocks.front.blocks) == -(-4 // layers_per_block)
     assert_same_bits(blocks.run(TEXT, [TOKENS]), pairs.run(TEXT, [TOKENS]))
     assert_same_bits(blocks.run(TEXT, [1] * TOKENS), pairs.run(TEXT, [TOKENS]))
 
 
-@all_bits
+@all_precisions
 @all_kinds
 @pytest.mark.parametrize("kept", [0, 1, 17, TOKENS - 1])
-def test_rolling_back_leaves_no_trace(tiny: Any, local_model: Models, kind: str, bits: int, kept: int) -> None:
-    model = local_model(tiny.bundle(kind, bits=bits))
+def test_rolling_back_leaves_no_trace(
+    tiny: Any, local_model: Models, kind: str, precision: Precision, kept: int
+) -> None:
+    model = local_model(tiny.bundle(kind, **precision))
     expected = model.run(TEXT, [TOKENS])
     session = model.session(TOKENS)
     session.forward(TEXT[:kept] + TEXT[: TOKENS - kept]) if kept else session.forward(TEXT[::-1])
@@ -132,9 +177,11 @@ def test_rolling_back_leaves_no_trace(tiny: Any, local_model: Models, kind: str,
     assert_same_bits(session.forward(TEXT[kept:]), (expected[0][kept:], expected[1][kept:]))
 
 
-@all_bits
-def test_sessions_that_take_turns_compute_what_each_computes_alone(tiny: Any, local_model: Models, bits: int) -> None:
-    model = local_model(tiny.bundle(bits=bits))
+@all_precisions
+def test_sessions_that_take_turns_compute_what_each_computes_alone(
+    tiny: Any, local_model: Models, precision: Precision
+) -> None:
+    model = local_model(tiny.bundle(**precision))
     texts = [TEXT, TEXT[::-1]]
     sessions = [model.session(TOKENS) for _ in texts]
     parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[], []]
@@ -146,9 +193,9 @@ def test_sessions_that_take_turns_compute_what_each_computes_alone(tiny: Any, lo
         assert_same_bits(together, model.run(text, [TOKENS]))
 
 
-@all_bits
-def test_a_chunk_of_logits_equals_logits_one_by_one(tiny: Any, local_model: Models, bits: int) -> None:
-    folder = tiny.bundle(bits=bits)
+@all_precisions
+def test_a_chunk_of_logits_equals_logits_one_by_one(tiny: Any, local_model: Models, precision: Precision) -> None:
+    folder = tiny.bundle(**precision)
     _, expected = local_model(folder).run(TEXT, [1] * TOKENS)
     assert np.array_equal(EdgeModel(folder / "device").score(TEXT), expected)
 

@@ -13,8 +13,10 @@ from safetensors.numpy import load_file
 
 from isthmus.devices.backend import Graph
 from isthmus.errors import BundleError, RequestError
+from isthmus.quant.kv import KV_BITS
 from isthmus.quant.nbits import dequantize, quantize_rtn
 from isthmus.quant.opsc import WEIGHT_BITS
+from isthmus.runtime.back import BackEngine
 from isthmus.runtime.bundle import KVSpec, open_bundle
 from isthmus.runtime.segments import MAX_LANES, Embedding, KVCache, LayerStack
 
@@ -37,6 +39,15 @@ def test_embedding_rows_are_the_table_s_at_its_precision(tiny: Any, bits: int, k
     rows = Embedding(bundle).rows(IDS)
     assert rows.dtype == np.float32
     assert np.array_equal(rows, expected_rows(tiny.checkpoint(kind), bits))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("split", [None, 2], ids=["in the head's file", "in its own"])
+def test_embedding_rows_have_their_zero_points(tiny: Any, bits: int, split: int | None) -> None:
+    bundle = open_bundle(tiny.bundle(bits=bits, split=split, symmetric=False), "device")
+    table = load_file(tiny.checkpoint() / "model.safetensors")["model.embed_tokens.weight"]
+    expected = dequantize(quantize_rtn(table, bits, 32, symmetric=False))
+    assert np.array_equal(Embedding(bundle).rows(IDS), expected[IDS])
 
 
 def test_a_tied_packed_table_is_stored_once(tiny: Any) -> None:
@@ -62,12 +73,24 @@ def test_an_id_outside_the_vocabulary_is_refused(tiny: Any, token: int) -> None:
         embedding.rows([3, token])
 
 
-def test_a_cache_is_as_large_as_it_says_and_keeps_a_spare_row() -> None:
-    spec = KVSpec("float32", kv_heads=2, head_dim=16)
+@pytest.mark.parametrize("bits", KV_BITS)
+def test_a_cache_is_as_large_as_it_says_and_keeps_a_spare_row(bits: int) -> None:
+    spec = KVSpec(bits, kv_heads=2, head_dim=16)
     cache = KVCache(range(3, 6), spec, capacity=10)
     taken = sum(value.tensor_size_in_bytes() for value in cache.values.values())
-    assert taken == KVCache.bytes_for(3, spec, 10) == 2 * 3 * 2 * 11 * 16 * 4
+    assert taken == spec.cache_bytes(3, 10) == 2 * 3 * 2 * 11 * 16 * bits // 8
+    assert spec.token_bytes(3) == taken // 11
     assert {layer for _, layer in cache.values} == {3, 4, 5}
+
+
+def test_each_half_counts_the_bytes_of_its_own_cache(tiny: Any, local_model: Models) -> None:
+    folder = tiny.bundle(split=1, front_kv_bits=4, back_kv_bits=8)
+    front, back = local_model(folder).stacks
+    assert [front.kv_bytes(10), back.kv_bytes(10)] == [1 * 2 * 2 * 11 * 8, 3 * 2 * 2 * 11 * 16]
+    assert BackEngine.open(folder / "server").kv_bytes(10) == back.kv_bytes(10)
+    for stack in (front, back):
+        values = stack.session(10).cache.values.values()
+        assert sum(value.tensor_size_in_bytes() for value in values) == stack.kv_bytes(10)
 
 
 @pytest.mark.parametrize("length", [-1, 6])
