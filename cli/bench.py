@@ -75,4 +75,8 @@ def _table(report: BenchReport) -> str:
     if report.breakdown is not None:
         parts = [[name.removesuffix("_ms"), value] for name, value in asdict(report.breakdown).items()]
         tables.append(tabulate(parts, ["decoded token", "median ms"], floatfmt=".2f"))
+    if report.codec:
+        costs = [list(asdict(cost).values()) for cost in report.codec]
+        headers = ["codec", "bytes up per token", "encode, % of front", "decode, % of back"]
+        tables.append(tabulate(costs, headers, floatfmt=".1f"))
     return "\n\n".join(tables)

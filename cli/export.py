@@ -9,6 +9,13 @@ from __future__ import annotations
 import argparse
 
 WEIGHT_BITS = (2, 4, 8, 16, 32)
+WEIGHTS = ("rtn", "mse", "hqq", "gptq", "mixed", "auto")
+WEIGHTS_HELP = (
+    "how weights are rounded: to nearest (rtn, the default), with searched scales (mse), half-quadratic (hqq), or on a "
+    "calibration text: gptq; mixed, with more bits where it usually matters; auto, with the same bytes spent where it "
+    "does"
+)
+KV_BITS = (4, 8, 32)
 
 
 def _split(text: str) -> int | None:
@@ -38,9 +45,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--block-size",
         type=int,
+        choices=(16, 32, 64, 128),
         default=32,
+        help="weights that share a scale (default 32); 16 not at 2 bits",
+    )
+    parser.add_argument("--weights", choices=WEIGHTS, default="rtn", help=WEIGHTS_HELP)
+    parser.add_argument("--asymmetric", action="store_true", help="a zero point for every block of weights")
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=KV_BITS,
+        default=32,
+        help="KV cache on both sides (default 32, float32); 8 and 4 save memory and cost prefill speed",
+    )
+    parser.add_argument("--front-kv-bits", type=int, choices=KV_BITS, help="KV cache on the device")
+    parser.add_argument("--back-kv-bits", type=int, choices=KV_BITS, help="KV cache on the server")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="UTF-8 text to calibrate on, never one to evaluate on; by default the model writes its own, once, and the "
+        "cache keeps it",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=65536,
         metavar="N",
-        help="weights that share a scale (default 32); 16 or 32 at 4 bits, up to 64 at 8, 32 to 128 at 2",
+        help="tokens of calibration text (default 65536); 0 leaves calibration out",
     )
     parser.add_argument("--layers-per-block", type=int, default=10, metavar="N", help="layers in one file (default 10)")
     parser.add_argument("--max-length", type=int, metavar="N", help="context, prompt and new tokens (default 2048)")
@@ -49,7 +80,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="validate against transformers' own model, too (needs torch)",
     )
-    parser.add_argument("--cache", metavar="DIR", help="where downloaded models are kept")
+    parser.add_argument("--cache", metavar="DIR", help="where downloaded models and calibration texts are kept")
     parser.add_argument("--offline", action="store_true", help="use downloaded models only")
     parser.add_argument("--json", action="store_true", help="print the manifest instead of a table")
 
@@ -70,6 +101,12 @@ def run(args: argparse.Namespace) -> int:
             embed_bits=args.embed_bits,
             head_bits=args.head_bits,
             block_size=args.block_size,
+            weights=args.weights,
+            symmetric=not args.asymmetric,
+            front_kv_bits=args.kv_bits if args.front_kv_bits is None else args.front_kv_bits,
+            back_kv_bits=args.kv_bits if args.back_kv_bits is None else args.back_kv_bits,
+            calibration=args.calibration,
+            calibration_tokens=args.calibration_tokens,
             layers_per_block=args.layers_per_block,
             max_length=args.max_length,
             compare_transformers=args.compare_transformers,

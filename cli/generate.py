@@ -22,10 +22,10 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     trust = parser.add_mutually_exclusive_group()
     trust.add_argument("--tls-ca", metavar="FILE", help="certificate (authority) to trust instead of the system's")
     trust.add_argument("--insecure", action="store_true", help="plaintext, for trusted links only")
-    parser.add_argument("--codec", default="tabq", help="raw32, raw16 or tabq (default tabq)")
     parser.add_argument(
-        "--tolerance", type=float, metavar="X", help="tabq: relative error that a token may have (default 0.2)"
+        "--codec", metavar="NAME", help="raw32, raw16, tabq or klt (default: klt if export calibrated it, else tabq)"
     )
+    parser.add_argument("--level", type=int, metavar="N", help="of the codec, from 0, the finest (default 2)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
 
 
@@ -41,7 +41,7 @@ def open_model(args: argparse.Namespace) -> EdgeModel:
         server=args.server,
         security=ChannelSecurity(ca_file=Path(args.tls_ca) if args.tls_ca else None, insecure=args.insecure),
         codec=args.codec,
-        codec_options={} if args.tolerance is None else {"tolerance": args.tolerance},
+        level=args.level,
         threads=args.threads,
     )
 
@@ -128,8 +128,8 @@ def _summary(result: Generation) -> str:
         f"{result.ttft_ms:.0f} ms, then {result.decode_tokens_per_s:.1f} tokens/s"
     )
     if result.round_trips:
-        positions = max(result.prompt_tokens + result.new_tokens - 1, 1)
-        line += (
-            f"; {result.codec}: {result.bytes_up / positions:.0f} bytes up per token, {result.round_trips} round trips"
-        )
+        line += f"; {result.codec}: {result.prefill_bytes_up / result.prompt_tokens:.0f} bytes up per prompt token"
+        if result.new_tokens > 1:
+            line += f", {result.decode_bytes_up / (result.new_tokens - 1):.0f} per new one"
+        line += f"; {result.round_trips} round trips"
     return line + "]"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ def print_manifest(manifest: Manifest, *, as_json: bool) -> None:
     for segment in manifest.segments:
         layers = f"{segment.first_layer}–{segment.last_layer - 1}" if segment.kind == "block" else ""
         bytes_ = sum(sizes[segment.half, name] for name in (segment.graph_file, segment.data_file) if name)
-        shared = segment.kind == "embed" and not segment.graph_file and segment.data_file != "embed.data"
+        shared = segment.kind == "embed" and segment.data_file != "embed.data"
         size = f"in {segment.data_file}" if shared else f"{bytes_ / 1e6:.2f}"
         drift = differences.get(segment.name, {})
         rows.append(
@@ -60,17 +61,23 @@ def print_manifest(manifest: Manifest, *, as_json: bool) -> None:
                 segment.name,
                 layers,
                 segment.bits,
+                _methods(segment),
                 size,
                 drift.get("max_abs"),
                 drift.get("relative"),
             ]
         )
-    headers = ["half", "segment", "layers", "bits", "MB", "max |Δ|", "relative Δ"]
+    headers = ["half", "segment", "layers", "bits", "weights", "MB", "max |Δ|", "relative Δ"]
     print(tabulate(rows, headers=headers, floatfmt=".3g"))
     totals = [[half, sum(f.bytes for f in files) / 1e6, len(files)] for half, files in manifest.files.items()]
     print()
     print(tabulate(totals, headers=["half", "MB", "files"], floatfmt=".2f"))
     print(f"bits per weight: {bits_per_weight(manifest):.2f} (scales included)   context: {manifest.max_length}")
+    cached = [
+        f"{half} {spec.token_bytes(manifest.half_layers(half))} bytes ({spec.bits} bit)"
+        for half, spec in manifest.kv.items()
+    ]
+    print(f"KV cache for each token of context: {', '.join(cached)}")
     if report:
         print(
             f"validation on {report['tokens']} tokens against {report['reference']}: "
@@ -90,12 +97,26 @@ def bits_per_weight(manifest: Manifest) -> float:
     """Stored bits per weight over embedding, layers and head; tied ones on the same half count once."""
     arch = manifest.architecture
     attention = arch.d_model * arch.head_dim * (2 * arch.heads + 2 * arch.kv_heads)
-    per_layer = attention + 3 * arch.d_model * arch.d_ff
+    layers = arch.layers * (attention + 3 * arch.d_model * arch.d_ff)
     vocabulary = arch.vocab_size * arch.d_model
+    shared = manifest.device_only and arch.tied_embeddings and _embedding_is_shared(manifest)
+    counted = [segment for segment in manifest.segments if not (shared and segment.kind == "embed")]
+    stored = sum(record.bytes for segment in counted for record in segment.tensors.values())
+    return 8 * stored / (layers + vocabulary * (1 if shared else 2))
 
-    def stored(segment: Segment) -> float:
-        scales = 32 / segment.block_size if segment.bits <= 8 else 0.0
-        layers = segment.last_layer - segment.first_layer
-        return (layers * per_layer if segment.kind == "block" else vocabulary) * (segment.bits + scales)
 
-    return sum(map(stored, manifest.segments)) / (arch.layers * per_layer + 2 * vocabulary)
+def _embedding_is_shared(manifest: Manifest) -> bool:
+    return any(segment.kind == "embed" and segment.data_file != "embed.data" for segment in manifest.segments)
+
+
+def _methods(segment: Segment) -> str:
+    """How a segment's weights were found, with the precisions that are not the segment's own: ``gptq, 2 at 8 bits``."""
+    counts = Counter(record.method for record in segment.tensors.values())
+    parts = [method if len(counts) == 1 else f"{count} {method}" for method, count in counts.most_common()]
+    others = Counter(
+        (record.bits, record.block_size)
+        for record in segment.tensors.values()
+        if segment.bits <= 8 and (record.bits, record.block_size) != (segment.bits, segment.block_size)
+    )
+    parts += [f"{count} at {bits}/{block_size}" for (bits, block_size), count in sorted(others.items())]
+    return ", ".join(parts)

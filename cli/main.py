@@ -10,7 +10,7 @@ from types import ModuleType
 
 from .._version import __version__
 from ..errors import IsthmusError
-from . import bench, export, generate, inspect, pull, serve
+from . import bench, eval, export, generate, inspect, pull, serve
 
 COMMANDS: dict[str, ModuleType] = {
     "pull": pull,
@@ -19,6 +19,7 @@ COMMANDS: dict[str, ModuleType] = {
     "serve": serve,
     "generate": generate,
     "bench": bench,
+    "eval": eval,
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -57,10 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"isthmus: error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        if args.command != "export" or (error.name or "").startswith("isthmus"):
+        if args.command not in ("export", "eval") or (error.name or "").startswith("isthmus"):
             raise
         print(
-            f"isthmus: error: export needs {error.name}; install it with pip install 'isthmus[export]'", file=sys.stderr
+            f"isthmus: error: {args.command} needs {error.name}; install it with pip install 'isthmus[{args.command}]'",
+            file=sys.stderr,
         )
         return 1
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ FOLDER = Path("build/demo")
 SPLIT, FRONT_BITS, BACK_BITS = 10, 4, 8
 QUESTION = "Explain in three sentences why the sky is blue."
 NEW_TOKENS = 96
+CALIBRATION_TOKENS = 16384  # a quarter of the default, for a demo that does not wait
 ISTHMUS = [sys.executable, "-m", "isthmus.cli.main"]
 
 
@@ -30,9 +31,10 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     model = isthmus("pull", "smollm2-135m-instruct", capture=True)
     bits = ["--front-bits", str(FRONT_BITS), "--back-bits", str(BACK_BITS)]
-    isthmus("export", model, "-o", str(FOLDER), "--split", str(SPLIT), *bits)
+    calibration = ["--calibration-tokens", str(CALIBRATION_TOKENS)]
+    isthmus("export", model, "-o", str(FOLDER), "--split", str(SPLIT), *bits, *calibration)
     with server(FOLDER / "server") as (process, address, certificate):
-        device = EdgeModel.open(FOLDER / "device", server=address, tls_ca=certificate, codec="tabq")
+        device = EdgeModel.open(FOLDER / "device", server=address, tls_ca=certificate, codec="klt")
         messages = [{"role": "user", "content": QUESTION}]
         print(f"\n> {QUESTION}\n")
         stream = device.stream(messages, max_new_tokens=NEW_TOKENS)

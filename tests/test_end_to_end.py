@@ -90,12 +90,18 @@ def test_generate_json_has_every_documented_field(tiny, environment):
         result = generate(environment, folder / "device", "--server", address, *trust, "--codec", "tabq")
     assert result.keys() >= {
         *("text", "token_ids", "prompt_tokens", "new_tokens", "finish_reason", "ttft_ms", "decode_tokens_per_s"),
-        *("bytes_up", "bytes_down", "round_trips", "codec", "tokens"),
+        *("bytes_up", "prefill_bytes_up", "decode_bytes_up", "bytes_down", "round_trips", "codec", "tokens"),
     }
     assert result["codec"] == "tabq"
     assert result["prompt_tokens"] == len(PROMPT)
     assert result["new_tokens"] == len(result["token_ids"]) == len(result["tokens"]) == result["round_trips"]
-    assert result["bytes_up"] == sum(token["bytes_up"] for token in result["tokens"]) > 0
+    assert result["prefill_bytes_up"] == result["tokens"][0]["bytes_up"]
+    assert (
+        result["bytes_up"]
+        == result["prefill_bytes_up"] + result["decode_bytes_up"]
+        == sum(token["bytes_up"] for token in result["tokens"])
+        > 0
+    )
     assert all(token["layers"] == 4 for token in result["tokens"])
 
 
@@ -174,7 +180,7 @@ def test_interrupt_ends_cleanly_and_keeps_the_text(tiny, environment):
         (["-p", "x", "--stop", ""], "stop"),
         (["-p", "x", "--chat"], "chat template"),
         (["-p", "x", "--server", "127.0.0.1:1"], "wholly on the device"),
-        (["-p", "x", "--codec", "raw16", "--tolerance", "0.1"], "raw16 has no options"),
+        (["-p", "x", "--codec", "raw16", "--level", "1"], "raw16 has no levels"),
         (["-p", "x", "--system", "Be brief."], "needs --chat"),
     ],
 )
@@ -214,7 +220,8 @@ def test_export_command_refuses_an_existing_folder_and_a_wrong_split(tiny, envir
 
 
 def test_export_and_inspect_print_the_same_manifest(tiny, environment, tmp_path):
-    exported = run(environment, "export", tiny.checkpoint(), "-o", tmp_path / "out", "--split", "2", "--json")
+    options = ["--split", "2", "--calibration-tokens", "0", "--json"]
+    exported = run(environment, "export", tiny.checkpoint(), "-o", tmp_path / "out", *options)
     assert exported.returncode == 0, exported.stderr
     for folder in ("out", "out/device", "out/server"):
         inspected = run(environment, "inspect", tmp_path / folder, "--json")

@@ -24,7 +24,9 @@ def test_export_serve_and_app_work_together(altered_checkpoint, environment, tmp
     model = altered_checkpoint("llama")
     (model / "chat_template.jinja").write_text(TEMPLATE)
     bundle = tmp_path / "bundle"
-    exported = example("export.py", model, bundle, "2", environment=environment)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word {number}" for number in range(3000)))
+    exported = example("export.py", model, bundle, "2", text, environment=environment)
     assert exported.returncode == 0, exported.stderr
     assert "2 of 4 layers on the device" in exported.stdout
     command = [sys.executable, EXAMPLES / "serve.py", bundle / "server", "127.0.0.1:0"]
