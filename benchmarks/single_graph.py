@@ -31,13 +31,15 @@ from tabulate import tabulate
 
 from isthmus.devices.backend import Graph
 from isthmus.export.checkpoint import Checkpoint, open_checkpoint
-from isthmus.export.decoder import SegmentBuilder, _layer
+from isthmus.export.decoder import SegmentBuilder, _layer, block_names
 from isthmus.export.export import export_bundle
 from isthmus.export.families import family_of
 from isthmus.export.families.common import EMBEDDING, FINAL_NORM, HEAD
 from isthmus.export.graph import GraphWriter
 from isthmus.export.rope import rope_tables
 from isthmus.export.sources import resolve_model
+from isthmus.export.weights import Weights
+from isthmus.quant.opsc import Precision
 from isthmus.runtime.bundle import Manifest, open_bundle
 from isthmus.runtime.edge.generate import LocalBack, generate_tokens
 from isthmus.runtime.sampling import Sampling
@@ -49,13 +51,13 @@ BLOCKS, SINGLE, NO_DUMMY = "blocks", "single graph", "single graph, no dummy row
 class NoDummyRowBuilder(SegmentBuilder):
     """Leaves the dummy attention row out."""
 
-    def append_row(self, rows: str, width: int) -> str:
+    def rows_to_attend(self, qkv: str) -> str:
         """Append nothing."""
-        return rows
+        return qkv
 
-    def drop_last_row(self, rows: str, output: str | None = None) -> str:
+    def rows_attended(self, attended: str) -> str:
         """Drop nothing."""
-        return rows
+        return attended
 
 
 def build_single_graph(
@@ -64,7 +66,11 @@ def build_single_graph(
     """Write layers and head as one graph: ``hidden`` to the last row's ``logits``, with ``build_block``'s inputs."""
     arch, family = manifest.architecture, family_of(checkpoint.config)
     writer = GraphWriter(folder, name)
-    builder = builder_class(writer, arch, manifest.front_bits, manifest.block_size)
+
+    def precision(name: str) -> Precision:
+        return Precision(manifest.head_bits if name == "head" else manifest.front_bits, manifest.block_size)
+
+    builder = builder_class(writer, arch, Weights(checkpoint, precision), ["head", *block_names(range(arch.layers))])
     residual = writer.input("hidden", [1, "tokens", arch.d_model])
     writer.input("seqlens_k", [1], TensorProto.INT32)
     writer.input("total_sequence_length", [], TensorProto.INT32)
@@ -76,12 +82,11 @@ def build_single_graph(
             shape: list[int | str] = [1, arch.kv_heads, "capacity", arch.head_dim]
             writer.input(f"past_{side}.{layer}", shape)
             writer.output(f"present_{side}.{layer}", shape)
-        branch, residual = _layer(builder, layer, family.tensors(arch, layer), checkpoint.tensor, residual, branch)
+        branch, residual = _layer(builder, layer, family.tensors(arch, layer), residual, branch)
     normed, _ = builder.add_and_norm(residual, branch, "final_norm", checkpoint.tensor(FINAL_NORM))
     bounds = [writer.constant(n, np.array([v], np.int64)) for n, v in (("last", -1), ("end", 2**31 - 1), ("axis", 1))]
     last = writer.node("Slice", [normed, *bounds])
-    head = SegmentBuilder(writer, arch, manifest.head_bits, manifest.block_size)
-    head.linear(last, "head", checkpoint.tensor(EMBEDDING if arch.tied_embeddings else HEAD), output="logits")
+    builder.linear(last, "head", [EMBEDDING if arch.tied_embeddings else HEAD], output="logits")
     writer.output("logits", [1, 1, arch.vocab_size])
     writer.save()
 
