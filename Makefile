@@ -36,7 +36,6 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/single_graph.py
 	$(BIN)/python benchmarks/codec_cost.py
-	$(BIN)/python benchmarks/tabq_tolerance.py
 	$(BIN)/python benchmarks/peers.py
 
 # The wire's schema; the generated files are committed.
