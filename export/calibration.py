@@ -286,7 +286,7 @@ def _shipped(checkpoint: Checkpoint) -> NDArray[np.uint16] | None:
     name = _SHIPPED.get(frozenset(checkpoint.file_hashes().values()))
     if name is None:
         return None
-    with np.load(Path(__file__).parent / "self_written" / name, allow_pickle=False) as file:
+    with np.load(Path(__file__).parent / "self-written" / name, allow_pickle=False) as file:
         windows: NDArray[np.uint16] = file["windows"]
         return windows
 
