@@ -152,9 +152,11 @@ class SegmentBuilder:
         """The tokens and one row more of what a block carries."""
         if self.batched:
             return qkv
+        width = (self.arch.heads + 2 * self.arch.kv_heads) * self.arch.head_dim
         if self.even_rows:
-            return self._first(qkv, self._attended)
-        zero = self._zeros((self.arch.heads + 2 * self.arch.kv_heads) * self.arch.head_dim, 1)
+            # onnxruntime 1.28 infers an attention of width 0 where its input's width is unknown.
+            return self.writer.shape(self._first(qkv, self._attended), [1, "attended", width])
+        zero = self._zeros(width, 1)
         return self.writer.node("Concat", [qkv, zero], axis=1)
 
     def rows_attended(self, attended: str) -> str:

@@ -36,6 +36,7 @@ class GraphWriter:
         self._weights: list[onnx.TensorProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
+        self._shapes: list[onnx.ValueInfoProto] = []
         self._counter = itertools.count()
 
     def input(self, name: str, shape: list[Dimension], dtype: int = TensorProto.FLOAT) -> str:
@@ -46,6 +47,11 @@ class GraphWriter:
     def output(self, name: str, shape: list[Dimension], dtype: int = TensorProto.FLOAT) -> None:
         """Declare a graph output, produced by a node of that name."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
+
+    def shape(self, name: str, shape: list[Dimension]) -> str:
+        """State the shape of a float value where onnxruntime cannot infer it."""
+        self._shapes.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        return name
 
     def weight(self, name: str, array: NDArray[Any], *, external: bool = False) -> str:
         """Add an initializer; large ones, or any if ``external``, go to the data file at once."""
@@ -91,7 +97,9 @@ class GraphWriter:
     def save(self) -> None:
         """Write the graph file and close the data file."""
         self._data.close()
-        graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, self._weights)
+        graph = helper.make_graph(
+            self._nodes, self._name, self._inputs, self._outputs, self._weights, value_info=self._shapes
+        )
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
