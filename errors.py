@@ -23,6 +23,10 @@ class RequestError(IsthmusError):
     """A generation request breaks a rule: empty or too long prompt, ids or sampling out of range."""
 
 
+class MemoryLimitError(IsthmusError):
+    """Something would not fit into the memory that it may take; nothing was loaded."""
+
+
 class CodecError(IsthmusError):
     """Hidden states cannot be encoded, or a payload cannot be decoded."""
 

@@ -27,12 +27,22 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--level", type=int, metavar="N", help="of the codec, from 0, the finest (default 2)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="most positions, prompt included (default: the bundle's)",
+    )
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE", help="such as 300MB: refuse what does not fit, and enforce it"
+    )
 
 
 def open_model(args: argparse.Namespace) -> EdgeModel:
     """Open the device half with the options of `add_server_options`."""
     from pathlib import Path
 
+    from ..devices.budget import parse_megabytes
     from ..runtime.edge.model import EdgeModel
     from ..runtime.wire.security import ChannelSecurity
 
@@ -43,6 +53,8 @@ def open_model(args: argparse.Namespace) -> EdgeModel:
         codec=args.codec,
         level=args.level,
         threads=args.threads,
+        context=args.context,
+        memory_limit_mb=parse_megabytes(args.memory_limit) if args.memory_limit else None,
     )
 
 

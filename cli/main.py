@@ -10,12 +10,13 @@ from types import ModuleType
 
 from .._version import __version__
 from ..errors import IsthmusError
-from . import bench, eval, export, generate, inspect, pull, serve
+from . import bench, eval, export, generate, inspect, install, pull, serve
 
 COMMANDS: dict[str, ModuleType] = {
     "pull": pull,
     "export": export,
     "inspect": inspect,
+    "install": install,
     "serve": serve,
     "generate": generate,
     "bench": bench,

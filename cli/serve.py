@@ -26,12 +26,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long a session outlives its connection (default: 30)",
     )
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE", help="such as 2GB: refuse what does not fit, and hold KV caches below it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; one line on stdout says that clients may come."""
     import signal
 
+    from ..devices.budget import parse_megabytes
     from ..runtime.server.limits import ServerLimits
     from ..runtime.server.server import BackServer
     from ..runtime.wire.security import ServerSecurity
@@ -39,7 +43,14 @@ def run(args: argparse.Namespace) -> int:
     security = ServerSecurity(insecure=args.insecure, cert_file=args.tls_cert, key_file=args.tls_key)
     chosen = {"max_sessions": args.max_sessions, "lease_s": args.lease}
     limits = ServerLimits(**{name: value for name, value in chosen.items() if value is not None})
-    server = BackServer.from_bundle(args.bundle, args.listen, threads=args.threads, security=security, limits=limits)
+    server = BackServer.from_bundle(
+        args.bundle,
+        args.listen,
+        threads=args.threads,
+        security=security,
+        limits=limits,
+        memory_limit_mb=parse_megabytes(args.memory_limit) if args.memory_limit else None,
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:

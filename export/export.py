@@ -28,7 +28,6 @@ from ..runtime.bundle import (
     Manifest,
     Segment,
     Source,
-    sha256_file,
 )
 from .calibration import CALIBRATION_TOKENS, WINDOW, check_tokens
 from .calibration import calibration_windows as windows_of
@@ -259,7 +258,7 @@ def _manifest(
 
 
 def _files(folder: Path) -> tuple[FileEntry, ...]:
-    return tuple(FileEntry(path.name, path.stat().st_size, sha256_file(path)) for path in sorted(folder.iterdir()))
+    return tuple(FileEntry.of(path) for path in sorted(folder.iterdir()))
 
 
 def _staged(out: Path, build: Callable[[Path], Manifest]) -> Manifest:

@@ -9,16 +9,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..devices.backend import processor_key
 from ..errors import BundleError
 from ..quant.kv import KV_BITS
 
+logger = logging.getLogger(__name__)
+
 SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
+INSTALLED = "installed"  # folder in a half: the graphs with packed weights, see `isthmus.runtime.install`
+INSTALL_RECORD = "install.json"
 
 Half = Literal["device", "server"]
 SegmentKind = Literal["embed", "block", "head"]
@@ -47,11 +53,16 @@ class Architecture:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a bundle half, as it was when export wrote it."""
+    """One file of a bundle half, as it was when it was written."""
 
     name: str
     bytes: int
     sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """Describe a file."""
+        return cls(path.name, path.stat().st_size, sha256_file(path))
 
 
 @dataclass(frozen=True)
@@ -195,12 +206,18 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """One opened half of a bundle: its folder, its manifest and the manifest's SHA-256."""
+    """One opened half of a bundle.
+
+    Attributes:
+        manifest_sha256: of the manifest's file.
+        installed: whether `INSTALLED` holds its graphs with weights packed for this processor and onnxruntime.
+    """
 
     folder: Path
     half: Half
     manifest: Manifest
     manifest_sha256: str
+    installed: bool = False
 
     def segments(self, kind: SegmentKind | None = None) -> list[Segment]:
         """Segments of this half in execution order, all or of one kind."""
@@ -215,6 +232,10 @@ class Bundle:
         """Absolute path of a file of this half."""
         return self.folder / name
 
+    def graph_path(self, segment: Segment) -> Path:
+        """The file that a segment's graph is opened from."""
+        return (self.folder / INSTALLED if self.installed else self.folder) / segment.graph_file
+
 
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file."""
@@ -222,13 +243,16 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_bundle(folder: str | Path, half: Half | None = None, *, verify: bool = True) -> Bundle:
+def open_bundle(
+    folder: str | Path, half: Half | None = None, *, verify: bool = True, use_installed: bool = True
+) -> Bundle:
     """Read a bundle half and check it against its manifest.
 
     Args:
         folder: the half's folder (``OUT/device``), or the bundle's, whose half is then taken.
         half: which half the caller runs; None takes the one that the folder holds.
         verify: compare every file's SHA-256, not only its size.
+        use_installed: look for packed weights.
 
     Raises:
         BundleError: no bundle there, another schema, another half, a missing, truncated or altered file.
@@ -246,7 +270,29 @@ def open_bundle(folder: str | Path, half: Half | None = None, *, verify: bool = 
     half = _choose_half(root, manifest, half)
     for entry in manifest.files[half]:
         _check_file(root / entry.name, entry, verify)
-    return Bundle(root, half, manifest, hashlib.sha256(text).hexdigest())
+    digest = hashlib.sha256(text).hexdigest()
+    return Bundle(root, half, manifest, digest, use_installed and _is_installed(root, digest, verify))
+
+
+def _is_installed(root: Path, manifest_sha256: str, verify: bool) -> bool:
+    """Whether there is an installation of this export for this processor; warns where there is another one."""
+    folder = root / INSTALLED
+    if not folder.is_dir():
+        return False
+    try:
+        record = json.loads((folder / INSTALL_RECORD).read_bytes())
+        found, processor = record["manifest_sha256"], record["processor"]
+        entries = [FileEntry(**entry) for entry in record["files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"{folder}: no readable {INSTALL_RECORD} ({error}); run `isthmus install` again or remove the folder"
+        ) from error
+    if (found, processor) != (manifest_sha256, processor_key()):
+        logger.warning("%s is of another export, processor or onnxruntime; run `isthmus install` again", folder)
+        return False
+    for entry in entries:
+        _check_file(folder / Path(entry.name).name, entry, verify)
+    return True
 
 
 def _choose_half(root: Path, manifest: Manifest, wanted: Half | None) -> Half:

@@ -119,9 +119,7 @@ class LayerStack:
         require_onnxruntime(bundle.manifest.minimum_onnxruntime)
         self.manifest = bundle.manifest
         self.kv = bundle.kv
-        self.blocks = [
-            (segment, Graph(bundle.path(segment.graph_file), threads)) for segment in bundle.segments("block")
-        ]
+        self.blocks = [(segment, Graph(bundle.graph_path(segment), threads)) for segment in bundle.segments("block")]
         segments = [segment for segment, _ in self.blocks]
         self.layers = range(segments[0].first_layer, segments[-1].last_layer) if segments else range(0)
 
@@ -215,7 +213,7 @@ class Head:
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         arch = bundle.manifest.architecture
-        self._graph = Graph(bundle.path(bundle.segments("head")[0].graph_file), threads)
+        self._graph = Graph(bundle.graph_path(bundle.segments("head")[0]), threads)
         self._hidden = np.zeros((1, 1, arch.d_model), np.float32)
         self._logits = np.zeros((1, 1, arch.vocab_size), np.float32)
         self._binding = self._graph.binding()

@@ -14,6 +14,7 @@ from ...devices.backend import default_threads
 from ...errors import RequestError
 from ..bundle import open_bundle
 from ..codecs import default_codec, open_codec
+from ..memory import check_session
 from ..sampling import Sampling
 from ..segments import Embedding, Head, LayerStack
 from ..text import StopStrings, Tokenizer
@@ -47,6 +48,8 @@ class EdgeModel:
         codec: str | None = None,
         level: int | None = None,
         threads: int | None = None,
+        context: int | None = None,
+        memory_limit_mb: float | None = None,
     ) -> None:
         """Open ``OUT/device``; nothing is sent before the first generation.
 
@@ -58,10 +61,13 @@ class EdgeModel:
                 else ``tabq``.
             level: of that codec, from 0, the finest; see `isthmus.runtime.codecs.open_codec`.
             threads: of onnxruntime; by default the processors at hand, at most four.
+            context: most positions of a generation, prompt included; by default all that the bundle was exported for.
+            memory_limit_mb: refuse what would take more resident memory at its peak, before anything is loaded.
 
         Raises:
             BundleError: the folder is no intact device half.
-            RequestError: a server is missing or not needed.
+            RequestError: a server is missing or not needed, or the context is out of range.
+            MemoryLimitError: weights, KV cache at full length and the rest do not fit.
         """
         self.threads = threads = default_threads() if threads is None else threads
         bundle = open_bundle(folder, "device")
@@ -73,6 +79,13 @@ class EdgeModel:
                 else f"no server given: layers {manifest.split}–{manifest.architecture.layers - 1} of this bundle run "
                 "on one; start `isthmus serve` and give its address"
             )
+        self.context = manifest.max_length if context is None else context
+        if not 2 <= self.context <= manifest.max_length:
+            raise RequestError(
+                f"context={context}: must lie between 2 and {manifest.max_length}, for which this bundle was exported"
+            )
+        if memory_limit_mb is not None:
+            check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=memory_limit_mb)
         self._codec = open_codec(bundle, codec or default_codec(bundle), level)
         self._server, self._security = server, security
         self._manifest_sha256 = bundle.manifest_sha256
@@ -97,12 +110,23 @@ class EdgeModel:
         codec: str | None = None,
         level: int | None = None,
         threads: int | None = None,
+        context: int | None = None,
+        memory_limit_mb: float | None = None,
     ) -> EdgeModel:
         """Open ``OUT/device`` with the options that most apps need; see the class for the rest."""
         from ..wire.security import ChannelSecurity
 
         security = ChannelSecurity(ca_file=Path(tls_ca) if tls_ca else None, insecure=insecure)
-        return cls(folder, server=server, security=security, codec=codec, level=level, threads=threads)
+        return cls(
+            folder,
+            server=server,
+            security=security,
+            codec=codec,
+            level=level,
+            threads=threads,
+            context=context,
+            memory_limit_mb=memory_limit_mb,
+        )
 
     def stream(
         self,
@@ -116,7 +140,7 @@ class EdgeModel:
 
         Args:
             prompt: a text, token ids, or chat messages ``{"role": …, "content": …}``.
-            max_new_tokens: at most that many tokens; the bundle's context may end it sooner.
+            max_new_tokens: at most that many tokens; the context may end it sooner.
             sampling: greedy by default.
             stop: strings that end the text and are not part of it.
 
@@ -153,7 +177,7 @@ class EdgeModel:
         ids = self.prompt_ids(prompt)
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens={max_new_tokens}: must be at least 1")
-        max_new_tokens = min(max_new_tokens, self.manifest.max_length - len(ids))
+        max_new_tokens = min(max_new_tokens, self.context - len(ids))
         capacity = len(ids) + max_new_tokens
         front = self._stack.session(capacity)  # first: if memory is short here, no session is left on the server
         back = self._back()
@@ -206,10 +230,11 @@ class EdgeModel:
         for token in ids:
             if not 0 <= token < vocabulary:
                 raise RequestError(f"token id {token}: must lie between 0 and {vocabulary - 1}")
-        if len(ids) + new_tokens > self.manifest.max_length:
+        if len(ids) + new_tokens > self.context:
+            larger = "--context" if self.context < self.manifest.max_length else "--max-length of the export"
             raise RequestError(
-                f"the prompt has {len(ids)} tokens: this bundle's context holds {self.manifest.max_length}, new "
-                "tokens included; shorten it or export with a larger --max-length"
+                f"the prompt has {len(ids)} tokens: the context holds {self.context}, new tokens included; shorten it "
+                f"or choose a larger {larger}"
             )
         return ids
 

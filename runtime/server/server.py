@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import grpc
 
+from ...devices.backend import default_threads
 from ...errors import LinkError
+from ..bundle import open_bundle
+from ..memory import kv_budget
 from ..wire.security import ServerSecurity
 from ..wire.transport import SERVER_OPTIONS, split_address
 from .compute import ComputeEngine, ComputeThread
@@ -65,15 +69,31 @@ class BackServer:
         threads: int | None = None,
         security: ServerSecurity | None = None,
         limits: ServerLimits | None = None,
+        memory_limit_mb: float | None = None,
     ) -> BackServer:
-        """Open ``OUT/server`` and make its server; ``threads`` is how many onnxruntime uses.
+        """Open ``OUT/server`` and make its server.
+
+        Args:
+            folder: the server half of a bundle.
+            listen: see the class.
+            threads: of onnxruntime; by default the processors at hand, at most four.
+            security: see the class.
+            limits: see the class; a memory limit lowers ``kv_bytes``.
+            memory_limit_mb: resident memory at the peak; what the weights leave of it goes to KV caches.
 
         Raises:
             BundleError: the folder is no intact server half.
+            MemoryLimitError: weights and one session of full length do not fit; nothing was loaded.
         """
         from ..back import BackEngine
 
-        return cls(BackEngine.open(folder, threads=threads), listen, security=security, limits=limits)
+        bundle = open_bundle(folder, "server")
+        limits = limits if limits is not None else ServerLimits()
+        if memory_limit_mb is not None:
+            budget = kv_budget(bundle, chunk=limits.max_frame_tokens, limit_mb=memory_limit_mb)
+            limits = replace(limits, kv_bytes=min(limits.kv_bytes, budget))
+        engine = BackEngine(bundle, default_threads() if threads is None else threads)
+        return cls(engine, listen, security=security, limits=limits)
 
     @property
     def address(self) -> str:

@@ -162,7 +162,7 @@ def test_an_empty_prompt_is_refused(model: EdgeModel, prompt: Any) -> None:
 
 @pytest.mark.parametrize("length", [MAX_LENGTH, MAX_LENGTH + 100])
 def test_a_prompt_longer_than_the_context_is_refused(model: EdgeModel, length: int) -> None:
-    with pytest.raises(RequestError, match=f"{length} tokens: this bundle's context holds {MAX_LENGTH}.*--max-length"):
+    with pytest.raises(RequestError, match=f"{length} tokens: the context holds {MAX_LENGTH}.*--max-length"):
         model.generate([1] * length)
 
 

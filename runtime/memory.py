@@ -1,0 +1,89 @@
+"""What a bundle half takes of a machine's memory, before anything of it is loaded."""
+
+from __future__ import annotations
+
+from ..devices.budget import MemoryEstimate, MemoryNeeds, StoredWeight, estimate_memory
+from ..devices.memory import process_memory
+from .bundle import Bundle, TensorRecord
+
+CODEC_TABLES = ("klt.npz", "tabq-rans.npz")
+UNPACKED_TABLES = 3  # a codec's tables in memory, by the bytes of their file
+
+
+LIBRARY_MB = 20.0  # of onnxruntime's and gRPC's code that is read only when they run
+
+
+def half_memory(bundle: Bundle, positions: int, *, chunk: int) -> MemoryEstimate:
+    """Estimate the peak of this process with a bundle half and one session.
+
+    Args:
+        bundle: the half.
+        positions: of the session: prompt and new tokens.
+        chunk: most tokens of one step.
+    """
+    arch = bundle.manifest.architecture
+    graphs = [segment for segment in bundle.segments() if segment.graph_file]
+    layers = sum(segment.last_layer - segment.first_layer for segment in graphs if segment.kind == "block")
+    sizes = {file.name: file.bytes for file in bundle.manifest.files[bundle.half]}
+    needs = MemoryNeeds(
+        graphs=tuple(tuple(map(_stored, segment.tensors.values())) for segment in graphs),
+        kv_bytes=bundle.kv.cache_bytes(layers, positions),
+        positions=positions,
+        chunk=chunk,
+        d_model=arch.d_model,
+        d_ff=arch.d_ff,
+        qkv_width=(arch.heads + 2 * arch.kv_heads) * arch.head_dim,
+        vocab_size=arch.vocab_size if any(segment.kind == "head" for segment in graphs) else 0,
+        tokenizer_size=arch.vocab_size if bundle.half == "device" else 0,
+        tables_bytes=UNPACKED_TABLES * sum(sizes.get(name, 0) for name in CODEC_TABLES),
+        installed=bundle.installed,
+    )
+    return estimate_memory(needs, process_mb=(process_memory().resident_mb or 0.0) + LIBRARY_MB)
+
+
+def check_session(bundle: Bundle, positions: int, *, chunk: int, limit_mb: float) -> None:
+    """Refuse a bundle half that would not fit into this process with a session of so many positions.
+
+    Raises:
+        MemoryLimitError: with the parts, and the longest session that would fit.
+    """
+    estimate = half_memory(bundle, positions, chunk=chunk)
+    if estimate.total_mb <= limit_mb:
+        return
+    fitting = _longest(bundle, positions, chunk, limit_mb)
+    if fitting:
+        remedy = f"a context of {fitting} positions would fit"
+    elif bundle.installed:
+        remedy = "not even an empty context fits: choose a smaller split, fewer bits or a larger limit"
+    else:
+        remedy = "choose a smaller split or fewer bits; `isthmus install` makes packed weights evictable"
+    estimate.check(limit_mb, remedy)
+
+
+def kv_budget(bundle: Bundle, *, chunk: int, limit_mb: float) -> int:
+    """Bytes that all sessions' KV caches together may take of a server's memory.
+
+    Raises:
+        MemoryLimitError: not even one session of full length fits.
+    """
+    longest = bundle.manifest.max_length
+    check_session(bundle, longest, chunk=chunk, limit_mb=limit_mb)
+    needs = half_memory(bundle, longest, chunk=chunk)
+    one = bundle.kv.cache_bytes(bundle.manifest.half_layers(bundle.half), longest)
+    return one + int((limit_mb - needs.total_mb) * 1e6)
+
+
+def _longest(bundle: Bundle, positions: int, chunk: int, limit_mb: float) -> int:
+    """Most positions below ``positions`` that fit, 0 if none do."""
+    fits, too_many = 0, positions
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if half_memory(bundle, middle, chunk=chunk).total_mb <= limit_mb:
+            fits = middle
+        else:
+            too_many = middle
+    return fits
+
+
+def _stored(record: TensorRecord) -> StoredWeight:
+    return StoredWeight(record.bits, record.block_size, record.bytes, record.symmetric)
