@@ -23,6 +23,14 @@ class RequestError(IsthmusError):
     """A generation request breaks a rule: empty or too long prompt, ids or sampling out of range."""
 
 
+class ProfileError(IsthmusError):
+    """A device profile is missing, incomplete, contradicts itself or has keys that nobody reads."""
+
+
+class LimitError(IsthmusError):
+    """A limit on memory or processors cannot be set, or leaves no room for a process at all."""
+
+
 class CodecError(IsthmusError):
     """Hidden states cannot be encoded, or a payload cannot be decoded."""
 
