@@ -10,7 +10,7 @@ from types import ModuleType
 
 from .._version import __version__
 from ..errors import IsthmusError
-from . import bench, eval, export, generate, inspect, install, pull, serve
+from . import bench, devices, eval, export, generate, inspect, install, pull, serve
 
 COMMANDS: dict[str, ModuleType] = {
     "pull": pull,
@@ -21,6 +21,7 @@ COMMANDS: dict[str, ModuleType] = {
     "generate": generate,
     "bench": bench,
     "eval": eval,
+    "devices": devices,
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

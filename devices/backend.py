@@ -90,13 +90,20 @@ def processor_key() -> str:
 
 
 class Graph:
-    """One opened ONNX file, with a pool of ``threads`` threads.
+    """One opened ONNX model, with a pool of ``threads`` threads.
+
+    Args:
+        model: its file, or the bytes of one that needs no other file.
+        threads: at least 1.
 
     Attributes:
         seconds: time spent inside onnxruntime by `run_bound`, summed over calls.
+
+    Raises:
+        BundleError: onnxruntime cannot open it.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, model: Path | bytes, threads: int) -> None:
         self.seconds = 0.0
         if threads < 1:
             raise RequestError(f"threads={threads}: must be at least 1")
@@ -108,9 +115,11 @@ class Graph:
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            source = model if isinstance(model, bytes) else str(model)
+            self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no narrower base class
-            raise BundleError(f"{path.name}: onnxruntime {ort.__version__} cannot open it: {error}") from error
+            name = "graph" if isinstance(model, bytes) else model.name
+            raise BundleError(f"{name}: onnxruntime {ort.__version__} cannot open it: {error}") from error
 
     def binding(self) -> ort.IOBinding:
         """A fresh set of input and output bindings."""
