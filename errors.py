@@ -32,7 +32,7 @@ class NonFiniteError(CodecError):
 
 
 class LinkError(IsthmusError):
-    """The server cannot be reached, or the link failed for good."""
+    """The server cannot be reached, the link failed for good, or a link's description breaks a rule."""
 
 
 class SecurityError(LinkError):

@@ -10,7 +10,7 @@ from types import ModuleType
 
 from .._version import __version__
 from ..errors import IsthmusError
-from . import bench, eval, export, generate, inspect, pull, serve
+from . import bench, eval, export, generate, inspect, link, pull, serve
 
 COMMANDS: dict[str, ModuleType] = {
     "pull": pull,
@@ -20,6 +20,7 @@ COMMANDS: dict[str, ModuleType] = {
     "generate": generate,
     "bench": bench,
     "eval": eval,
+    "link": link,
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

@@ -1,1 +1,1 @@
-"""What a device can do: execution backends and memory readings."""
+"""What a device can do: execution backends, memory readings, emulated links."""
