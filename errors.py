@@ -23,17 +23,16 @@ class RequestError(IsthmusError):
     """A generation request breaks a rule: empty or too long prompt, ids or sampling out of range."""
 
 
-<<<<<<< HEAD
 class MemoryLimitError(IsthmusError):
     """Something would not fit into the memory that it may take; nothing was loaded."""
-=======
+
+
 class ProfileError(IsthmusError):
     """A device profile is missing, incomplete, contradicts itself or has keys that nobody reads."""
 
 
 class LimitError(IsthmusError):
     """A limit on memory or processors cannot be set, or leaves no room for a process at all."""
->>>>>>> devices
 
 
 class CodecError(IsthmusError):
@@ -45,7 +44,7 @@ class NonFiniteError(CodecError):
 
 
 class LinkError(IsthmusError):
-    """The server cannot be reached, or the link failed for good."""
+    """The server cannot be reached, the link failed for good, or a link's description breaks a rule."""
 
 
 class SecurityError(LinkError):

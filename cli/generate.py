@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_model(args: argparse.Namespace) -> EdgeModel:
-    """Open the device half with the options of `add_server_options`."""
+def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> EdgeModel:
+    """Open the device half with the options of `add_server_options`, and a deadline for each token."""
     from pathlib import Path
 
     from ..devices.budget import parse_megabytes
@@ -52,6 +53,7 @@ def open_model(args: argparse.Namespace) -> EdgeModel:
         security=ChannelSecurity(ca_file=Path(args.tls_ca) if args.tls_ca else None, insecure=args.insecure),
         codec=args.codec,
         level=args.level,
+        deadline_ms=deadline_ms,
         threads=args.threads,
         context=args.context,
         memory_limit_mb=parse_megabytes(args.memory_limit) if args.memory_limit else None,
@@ -79,11 +81,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    parser.add_argument(
+        "--deadline",
+        metavar="TIME",
+        help="for each token but the first, as in 200ms: the codec's level follows link and server to keep it",
+    )
     add_server_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate, streaming."""
+    from ..devices.link import parse_duration_s
     from ..runtime.sampling import Sampling
     from .main import INTERRUPTED
 
@@ -96,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
     )
-    model = open_model(args)
+    model = open_model(args, None if args.deadline is None else 1e3 * parse_duration_s(args.deadline))
     stream = model.stream(prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop)
     interrupted = False
     try:
@@ -144,4 +152,11 @@ def _summary(result: Generation) -> str:
         if result.new_tokens > 1:
             line += f", {result.decode_bytes_up / (result.new_tokens - 1):.0f} per new one"
         line += f"; {result.round_trips} round trips"
+    if result.deadline_ms is not None:
+        levels = Counter(token.level for token in result.tokens)
+        shares = ", ".join(f"{count} at level {level}" for level, count in sorted(levels.items()))
+        line += (
+            f"; deadline {result.deadline_ms:g} ms: {result.late_tokens} of {max(0, result.new_tokens - 1)} late; "
+            f"{shares}; {len(result.level_changes)} changes"
+        )
     return line + "]"

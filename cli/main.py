@@ -10,7 +10,7 @@ from types import ModuleType
 
 from .._version import __version__
 from ..errors import IsthmusError
-from . import bench, devices, eval, export, generate, inspect, install, pull, serve
+from . import bench, devices, eval, export, generate, inspect, install, link, pull, serve
 
 COMMANDS: dict[str, ModuleType] = {
     "pull": pull,
@@ -22,6 +22,7 @@ COMMANDS: dict[str, ModuleType] = {
     "bench": bench,
     "eval": eval,
     "devices": devices,
+    "link": link,
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

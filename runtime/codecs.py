@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..errors import CodecError
 from ..quant.codec import CODECS, Codec, Raw16, Raw32
 from ..quant.klt import KLT, KLTTables
@@ -30,37 +32,48 @@ def open_codec(bundle: Bundle, name: str, level: int | None = None) -> Codec:
     Raises:
         CodecError: an unknown name, or a level that the codec does not have.
     """
+    levels = open_levels(bundle, name)
+    return levels[checked_level(levels, level)]
+
+
+def open_levels(bundle: Bundle, name: str) -> tuple[Codec, ...]:
+    """Make a codec at each of its levels, from the finest, over the same tables; one without levels alone.
+
+    Raises:
+        CodecError: an unknown name.
+    """
     known = [codec for codec in bundle.manifest.codecs if codec in CODECS]
     if name not in known:
         raise CodecError(f"codec {name!r} is unknown; choose one of {', '.join(known)}")
+    arch = bundle.manifest.architecture
+    tabq = tuple(TabQ(tolerance=tolerance) for tolerance in TOLERANCES)
     match name:
         case "raw32":
-            return _without_level(Raw32(), level)
+            return (Raw32(),)
         case "raw16":
-            return _without_level(Raw16(), level)
+            return (Raw16(),)
         case "klt":
-            arch = bundle.manifest.architecture
             klt = KLTTables.load(bundle.folder, d_model=arch.d_model, vocab_size=arch.vocab_size)
-            return KLT(klt, _checked(name, level, len(klt.levels)))
+            return tuple(KLT(klt, level) for level in range(len(klt.levels)))
         case "tabq-rans":
-            tables = TabQTables.load(bundle.folder, d_model=bundle.manifest.architecture.d_model)
-            return TabQRans(tables, _tabq(name, level))
+            tables = TabQTables.load(bundle.folder, d_model=arch.d_model)
+            return tuple(TabQRans(tables, each) for each in tabq)
         case _:
-            return _tabq(name, level)
+            return tabq
 
 
-def _tabq(name: str, level: int | None) -> TabQ:
-    return TabQ(tolerance=TOLERANCES[_checked(name, level, len(TOLERANCES))])
+def checked_level(levels: Sequence[Codec], level: int | None) -> int:
+    """The level to use of what `open_levels` made, where ``level`` is asked for.
 
-
-def _without_level(codec: Codec, level: int | None) -> Codec:
-    if level is not None:
-        raise CodecError(f"level {level}: codec {codec.name} has no levels; leave it out or choose another codec")
-    return codec
-
-
-def _checked(name: str, level: int | None, levels: int) -> int:
+    Raises:
+        CodecError: the codec does not have it.
+    """
+    name = levels[0].name
+    if len(levels) == 1:
+        if level is not None:
+            raise CodecError(f"level {level}: codec {name} has no levels; leave it out or choose another codec")
+        return 0
     level = DEFAULT_LEVEL if level is None else level
-    if not 0 <= level < levels:
-        raise CodecError(f"level {level}: codec {name} of this bundle has levels 0 (finest) to {levels - 1}")
+    if not 0 <= level < len(levels):
+        raise CodecError(f"level {level}: codec {name} of this bundle has levels 0 (finest) to {len(levels) - 1}")
     return level

@@ -92,8 +92,7 @@ class Breakdown:
             return median(map(seconds, tokens)) * 1e3
 
         def link_s(token: Token) -> float:
-            report = token.report
-            return report.wait_s - report.server_decode_s - report.server_queue_s - report.server_compute_s
+            return token.report.wait_s - token.report.server_s
 
         return cls(
             front_ms=median_ms(lambda t: t.front_onnxruntime_s),

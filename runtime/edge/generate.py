@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ...errors import ProtocolError
 from ..sampling import Sampler, Sampling
 from ..segments import Embedding, Head, StackSession
+from .controller import Controller
 
 PREFILL_CHUNK = 128  # tokens; the front computes a chunk while the server computes the one before
 
@@ -38,6 +39,11 @@ class StepReport(NamedTuple):
     server_queue_s: float = 0.0
     server_compute_s: float = 0.0
     onnxruntime_s: float = 0.0
+
+    @property
+    def server_s(self) -> float:
+        """What the server took, waiting for its compute thread included."""
+        return self.server_decode_s + self.server_queue_s + self.server_compute_s
 
 
 class Back(Protocol):
@@ -110,6 +116,7 @@ class Token(NamedTuple):
         front_onnxruntime_s: of that, inside onnxruntime.
         total_s: seconds from the step's begin to the token.
         report: the sum of the costs of all its chunks.
+        level: of the codec, where a controller chooses it.
     """
 
     id: int
@@ -121,6 +128,7 @@ class Token(NamedTuple):
     front_onnxruntime_s: float
     total_s: float
     report: StepReport
+    level: int | None = None
 
 
 def generate_tokens(
@@ -132,14 +140,26 @@ def generate_tokens(
     layers: int,
     max_new_tokens: int,
     end_tokens: Sequence[int],
+    controller: Controller | None = None,
 ) -> Iterator[Token]:
     """Prefill the prompt in chunks, then yield tokens until an end token (yielded too) or ``max_new_tokens``.
 
-    The back's session is open; the caller closes it.
+    The back's session is open; the caller closes it. A controller learns from each token; the back's codec asks it for
+    the level.
     """
     pending = list(prompt_ids)
-    for _ in range(max_new_tokens):
+    for number in range(max_new_tokens):
         token = _step(embedding, front, back, pending, layers)
+        if controller is not None:
+            token = token._replace(level=controller.level)
+            server_s = token.report.server_s
+            controller.observe(
+                bytes_up=token.bytes_up,
+                device_s=token.total_s - token.report.wait_s,
+                server_s=server_s,
+                link_s=token.report.wait_s - server_s,
+                prompt=number == 0,
+            )
         yield token
         if token.id in end_tokens:
             return

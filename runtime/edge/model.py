@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from ...devices.backend import default_threads
 from ...errors import RequestError
+from ...quant.codec import Codec
 from ..bundle import open_bundle
-from ..codecs import default_codec, open_codec
+from ..codecs import checked_level, default_codec, open_levels
 from ..memory import check_session
 from ..sampling import Sampling
 from ..segments import Embedding, Head, LayerStack
 from ..text import StopStrings, Tokenizer
+from .controller import Controller, PacedCodec
 from .generate import PREFILL_CHUNK, Back, LocalBack, generate_tokens
 from .stream import Generation, TextStream, TokenStream
 
@@ -47,6 +49,7 @@ class EdgeModel:
         security: ChannelSecurity | None = None,
         codec: str | None = None,
         level: int | None = None,
+        deadline_ms: float | None = None,
         threads: int | None = None,
         context: int | None = None,
         memory_limit_mb: float | None = None,
@@ -60,13 +63,17 @@ class EdgeModel:
             codec: what hidden states are sent in, one of the manifest's; by default ``klt`` if export calibrated it,
                 else ``tabq``.
             level: of that codec, from 0, the finest; see `isthmus.runtime.codecs.open_codec`.
+            deadline_ms: time for each token but the first. The level is then only the first one: it changes from token
+                to token, as the link and the server ask for; see `isthmus.runtime.edge.controller`.
             threads: of onnxruntime; by default the processors at hand, at most four.
             context: most positions of a generation, prompt included; by default all that the bundle was exported for.
             memory_limit_mb: refuse what would take more resident memory at its peak, before anything is loaded.
 
         Raises:
             BundleError: the folder is no intact device half.
-            RequestError: a server is missing or not needed, or the context is out of range.
+            RequestError: a server is missing or not needed, the context is out of range, or a deadline cannot be kept
+                by a codec's levels.
+            CodecError: an unknown codec, or a level that it does not have.
             MemoryLimitError: weights, KV cache at full length and the rest do not fit.
         """
         self.threads = threads = default_threads() if threads is None else threads
@@ -86,7 +93,10 @@ class EdgeModel:
             )
         if memory_limit_mb is not None:
             check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=memory_limit_mb)
-        self._codec = open_codec(bundle, codec or default_codec(bundle), level)
+        self._levels = open_levels(bundle, codec or default_codec(bundle))
+        self._level = checked_level(self._levels, level)
+        self._deadline_ms = deadline_ms
+        self._controller()  # a deadline of no use is an error now
         self._server, self._security = server, security
         self._manifest_sha256 = bundle.manifest_sha256
         self.tokenizer = Tokenizer.from_file(
@@ -109,6 +119,7 @@ class EdgeModel:
         insecure: bool = False,
         codec: str | None = None,
         level: int | None = None,
+        deadline_ms: float | None = None,
         threads: int | None = None,
         context: int | None = None,
         memory_limit_mb: float | None = None,
@@ -123,6 +134,7 @@ class EdgeModel:
             security=security,
             codec=codec,
             level=level,
+            deadline_ms=deadline_ms,
             threads=threads,
             context=context,
             memory_limit_mb=memory_limit_mb,
@@ -180,7 +192,9 @@ class EdgeModel:
         max_new_tokens = min(max_new_tokens, self.context - len(ids))
         capacity = len(ids) + max_new_tokens
         front = self._stack.session(capacity)  # first: if memory is short here, no session is left on the server
-        back = self._back()
+        controller = self._controller()
+        codec = self._levels[self._level] if controller is None else PacedCodec(self._levels, controller)
+        back = self._back(codec)
         back.open(capacity, sampling, ids if sampling.repetition_penalty != 1.0 else ())
         tokens = generate_tokens(
             self._embedding,
@@ -190,9 +204,10 @@ class EdgeModel:
             layers=self.manifest.architecture.layers,
             max_new_tokens=max_new_tokens,
             end_tokens=self.manifest.end_tokens if end_tokens is None else end_tokens,
+            controller=controller,
         )
-        codec = self._codec.name if self._server else "none"
-        return TokenStream(tokens, back, prompt_tokens=len(ids), codec=codec, started=started)
+        name = codec.name if self._server else "none"
+        return TokenStream(tokens, back, prompt_tokens=len(ids), codec=name, started=started, controller=controller)
 
     def generate(
         self,
@@ -254,7 +269,19 @@ class EdgeModel:
         ]
         return np.concatenate(chunks)
 
-    def _back(self) -> Back:
+    def _controller(self) -> Controller | None:
+        """What keeps the deadline in one generation, if there is one."""
+        if self._deadline_ms is None:
+            return None
+        if self.manifest.device_only:
+            raise RequestError("a deadline needs a split bundle: nothing crosses a link here; leave it out")
+        if len(self._levels) == 1:
+            raise RequestError(
+                f"a deadline needs a codec with levels: {self._levels[0].name} has none; choose klt, tabq or tabq-rans"
+            )
+        return Controller(self._deadline_ms / 1e3, level=self._level, levels=len(self._levels))
+
+    def _back(self, codec: Codec) -> Back:
         if self._head is not None:
             return LocalBack(self._head)
         # gRPC loads only where a server is used.
@@ -266,6 +293,6 @@ class EdgeModel:
             manifest_sha256=self._manifest_sha256,
             split=self.manifest.split,
             d_model=self.manifest.architecture.d_model,
-            codec=self._codec,
+            codec=codec,
             security=self._security or ChannelSecurity(),
         )

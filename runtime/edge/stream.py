@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any, Self
 
 from ..text import Detokenizer, StopStrings, Tokenizer
+from .controller import Controller, LevelChange
 from .generate import Back, Token
 
 
@@ -22,6 +23,8 @@ class Generation:
         decode_tokens_per_s: of the tokens after the first.
         bytes_up: bytes sent, prompt included.
         codec: what the hidden states were sent in; ``none`` if the device runs the whole model.
+        deadline_ms: for each token but the first, if there was one.
+        level_changes: of the codec, to keep the deadline.
     """
 
     text: str
@@ -35,6 +38,8 @@ class Generation:
     round_trips: int
     codec: str
     tokens: list[Token] = field(repr=False)
+    deadline_ms: float | None = None
+    level_changes: tuple[LevelChange, ...] = ()
 
     @property
     def new_tokens(self) -> int:
@@ -51,13 +56,30 @@ class Generation:
         """Bytes sent for the generated tokens."""
         return sum(token.bytes_up for token in self.tokens[1:])
 
+    @property
+    def late_tokens(self) -> int | None:
+        """Tokens that took longer than the deadline, if there was one."""
+        if self.deadline_ms is None:
+            return None
+        return sum(1e3 * token.total_s > self.deadline_ms for token in self.tokens[1:])
+
     def to_dict(self) -> dict[str, Any]:
         """The form that ``isthmus generate --json`` prints."""
         result = asdict(self) | {"new_tokens": self.new_tokens}
         result |= {"prefill_bytes_up": self.prefill_bytes_up, "decode_bytes_up": self.decode_bytes_up}
         result["tokens"] = [
-            {"id": t.id, "source": t.source, "layers": t.layers, "bytes_up": t.bytes_up} for t in self.tokens
+            {
+                "id": t.id,
+                "source": t.source,
+                "layers": t.layers,
+                "bytes_up": t.bytes_up,
+                "level": t.level,
+                "ms": 1e3 * t.total_s,
+            }
+            for t in self.tokens
         ]
+        result["late_tokens"] = self.late_tokens
+        result["level_changes"] = [change._asdict() for change in self.level_changes]
         return result
 
 
@@ -70,8 +92,18 @@ class TokenStream:
         started: `time.perf_counter` when the generation was asked for.
     """
 
-    def __init__(self, tokens: Iterator[Token], back: Back, *, prompt_tokens: int, codec: str, started: float) -> None:
+    def __init__(
+        self,
+        tokens: Iterator[Token],
+        back: Back,
+        *,
+        prompt_tokens: int,
+        codec: str,
+        started: float,
+        controller: Controller | None = None,
+    ) -> None:
         self._tokens = tokens
+        self._controller = controller
         self._back = back
         self.prompt_tokens = prompt_tokens
         self.codec = codec
@@ -84,6 +116,16 @@ class TokenStream:
     def round_trips(self) -> int:
         """Times that the device waited for the server."""
         return self._back.round_trips
+
+    @property
+    def deadline_ms(self) -> float | None:
+        """For each token but the first, if there is one."""
+        return None if self._controller is None else 1e3 * self._controller.deadline_s
+
+    @property
+    def level_changes(self) -> tuple[LevelChange, ...]:
+        """Of the codec so far, to keep the deadline."""
+        return () if self._controller is None else tuple(self._controller.changes)
 
     def close(self, *, cancel: bool = False) -> None:
         """End the session, here and on the server; with ``cancel`` drop the steps on their way. Safe to call twice."""
@@ -162,4 +204,6 @@ class TextStream:
             round_trips=self._tokens.round_trips,
             codec=self._tokens.codec,
             tokens=self._done,
+            deadline_ms=self._tokens.deadline_ms,
+            level_changes=self._tokens.level_changes,
         )

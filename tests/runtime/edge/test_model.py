@@ -146,12 +146,14 @@ def test_the_json_form_holds_what_the_command_prints(model: EdgeModel) -> None:
     assert set(found) == {
         *("text", "token_ids", "prompt_tokens", "new_tokens", "finish_reason", "ttft_ms", "decode_tokens_per_s"),
         *("bytes_up", "prefill_bytes_up", "decode_bytes_up", "bytes_down", "round_trips", "codec", "tokens"),
+        *("deadline_ms", "late_tokens", "level_changes"),
     }
     assert (found["bytes_up"], found["round_trips"], found["codec"]) == (0, 0, "none")
-    assert found["tokens"] == [
-        {"id": token, "source": "local", "layers": 4, "bytes_up": 0} for token in found["token_ids"]
-    ]
     json.dumps(found)
+    assert all(token.pop("ms") > 0 for token in found["tokens"])
+    assert found["tokens"] == [
+        {"id": token, "source": "local", "layers": 4, "bytes_up": 0, "level": None} for token in found["token_ids"]
+    ]
 
 
 @pytest.mark.parametrize("prompt", ["", [], (), np.array([], int)], ids=repr)
