@@ -31,6 +31,10 @@ class ProfileError(IsthmusError):
     """A device profile is missing, incomplete, contradicts itself or has keys that nobody reads."""
 
 
+class PlanError(IsthmusError):
+    """A plan cannot be made, read or followed: constraints out of range, another model, another bundle."""
+
+
 class LimitError(IsthmusError):
     """A limit on memory or processors cannot be set, or leaves no room for a process at all."""
 
