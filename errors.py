@@ -15,6 +15,10 @@ class ExportError(IsthmusError):
     """An export cannot start or finish: options out of range, no space, output exists."""
 
 
+class AccuracyError(IsthmusError):
+    """An accuracy table is damaged, cannot be written, or lacks what is asked of it."""
+
+
 class BundleError(IsthmusError):
     """A bundle is incomplete, altered, of another schema or of another export."""
 

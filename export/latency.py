@@ -1,8 +1,8 @@
 """How long a device takes for layers, prefill and head, from its profile.
 
 A call of a graph takes ``call_us``, ``op_us`` for each operator, and bytes or operations over the profile's rates:
-decoding reads every weight once a token and every cached key and value; a prefill multiplies. What lies between, such as
-a few tokens at once, is the larger of the two.
+decoding reads every weight once a token and every cached key and value; a prefill multiplies. What lies between, such
+as a few tokens at once, is the larger of the two.
 """
 
 from __future__ import annotations

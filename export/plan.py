@@ -131,7 +131,7 @@ class Plan:
         """Raise `PlanError` unless a checkpoint is the one that was planned for."""
         if sorted(self.hashes.values()) != sorted(hashes.values()):
             raise PlanError(
-                f"this plan is for {self.model} and its files' hashes are not those of {name}; run `isthmus plan {name}`"
+                f"this plan is for {self.model}, and the files of {name} have other hashes; run `isthmus plan {name}`"
             )
 
 

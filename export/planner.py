@@ -1,493 +1,36 @@
-"""The planner: a joint search over split, precisions, codec level and mode, under limits.
+"""The planner: the best way to run a model under limits, why, and what would have to change if there is none.
 
 Source of the problem: arXiv 2511.04002, which chooses split, precisions and length under memory, accuracy and latency
-(C1: weights and cache fit; C2: the drop in accuracy; C3: device, link and server within the deadline). Ours: the grid is
-small enough to enumerate, so that the answer is exact over it; times come from device profiles, drops from measurements
-(`isthmus.export.accuracy`); running wholly on the device and sending token ids to a server are candidates like others.
+(C1: weights and cache fit; C2: the drop in accuracy; C3: device, link and server within the deadline). Ours: the grid
+is small enough to enumerate, so that the answer is exact over it, and running wholly on the device or sending token ids
+to a server are candidates like others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..devices.budget import INTERPRETER_MB, MemoryNeeds, estimate_memory
-from ..devices.link import LinkProfile
-from ..devices.profile import DeviceProfile
+from ..devices.link import LinkProfile, link_profile
+from ..devices.profile import DeviceProfile, load_profile
 from ..errors import PlanError
-from ..runtime.bundle import Architecture
-from .accuracy import AccuracyTable, drop_percent
-from .footprint import Footprint, default_head_bits
-from .latency import CHUNK, LAYERS_PER_BLOCK, MachineSpeed
-from .plan import Candidate
+from .accuracy import AccuracyTable, find_accuracy
+from .checkpoint import open_checkpoint
+from .families import family_of
+from .grid import Grid, Limits
+from .plan import Candidate, Plan
+from .progress import Progress, silent
+from .sources import resolve_model
 
-FRONT_BITS = BACK_BITS = (2, 4, 8, 16, 32)
-KV_BITS = (32, 8, 4)
-SERVER_CHUNK = 512  # tokens of the largest frame that a server takes
-HAND_OVERS = (0.25, 0.5, 0.75)  # of the new tokens
-
-FRAMING_BYTES = 26  # of a step beside its payload
-RESULT_BYTES = 34  # of its answer
-PACKET_BYTES = 90  # of TLS, HTTP/2, TCP and IP around either
-ID_BYTES = 4
-RPC_MS = 0.9  # gRPC and both loops, on one machine
-CONNECT_ROUND_TRIPS = 3  # TCP, TLS, Hello and Open together
-LINK_UNCERTAINTY = 0.1
-TABLE_MATRICES = 3  # of d_model squared, which a calibrated codec keeps in memory
 SHOWN = 10
-SAME_TIME = 0.02  # times closer than that count as equal, and the smaller drop wins
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a plan must keep. None: no limit.
-
-    Attributes:
-        memory_mb: resident memory of the device's process.
-        context: positions of a generation, prompt included.
-        prompt_tokens: of them, in the prompt.
-        deadline_ms: for each token but the first.
-        first_token_ms: for the first.
-        max_drop: expected increase in perplexity, in percent.
-        server_memory_mb: resident memory of the server's process.
-
-    Raises:
-        PlanError: a limit that nothing can keep.
-    """
-
-    memory_mb: float | None = None
-    context: int = 1024
-    prompt_tokens: int = 128
-    deadline_ms: float | None = None
-    first_token_ms: float | None = None
-    max_drop: float | None = 5.0
-    server_memory_mb: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("memory_mb", "deadline_ms", "first_token_ms", "max_drop", "server_memory_mb"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise PlanError(f"{name}={value}: must be positive")
-        if self.memory_mb is not None and self.memory_mb < INTERPRETER_MB:
-            raise PlanError(
-                f"memory {self.memory_mb:.0f} MB: the interpreter and its libraries alone take {INTERPRETER_MB:.0f} MB"
-            )
-        if not 1 <= self.prompt_tokens < self.context:
-            raise PlanError(
-                f"prompt of {self.prompt_tokens} tokens in a context of {self.context}: must be 1 to {self.context - 1}"
-            )
-
-    def bounds(self) -> dict[str, tuple[str, float]]:
-        """Limits that are set: name -> the candidate's field that it bounds, and the bound."""
-        fields = {
-            "memory_mb": "memory_mb",
-            "deadline_ms": "worst_ms",
-            "first_token_ms": "ttft_ms",
-            "max_drop": "drop",
-            "server_memory_mb": "server_memory_mb",
-        }
-        return {name: (field, getattr(self, name)) for name, field in fields.items() if getattr(self, name) is not None}
-
-
-@dataclass(frozen=True)
-class Planner:
-    """A model, a device, a link and perhaps a server; answers what fits and what is best.
-
-    Attributes:
-        threads: of the device; None for all that its profile has figures for.
-    """
-
-    arch: Architecture
-    accuracy: AccuracyTable
-    device: DeviceProfile
-    link: LinkProfile
-    server: DeviceProfile | None
-    limits: Limits
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.limits.context > self.arch.max_positions:
-            raise PlanError(
-                f"context={self.limits.context}: the model has {self.arch.max_positions} positions; ask for fewer"
-            )
-        if self.accuracy.layers != self.arch.layers:
-            raise PlanError(
-                f"the accuracy table is of {self.accuracy.model} with {self.accuracy.layers} layers, the model has "
-                f"{self.arch.layers}; measure it with `isthmus eval MODEL --for-plan`"
-            )
-
-    def candidates(self) -> list[Candidate]:
-        """The whole grid, the best first, whether it keeps the limits or not."""
-        found = list(self._device_only())
-        if self.server is not None:
-            found += self._server_only()
-            found += self._split()
-        return sorted(found, key=_rank)
-
-    def feasible(self, candidate: Candidate) -> bool:
-        """Whether a candidate keeps all limits."""
-        return not any(getattr(candidate, field) > bound for field, bound in self.limits.bounds().values())
-
-    def time_parts(self, candidate: Candidate) -> dict[str, float]:
-        """Where the time of one token at full context goes, in ms, by part; of the later tokens for a hand-over."""
-        length, layers = self.limits.context, self.arch.layers
-        device, bits = self._device_speed, candidate.front_bits
-        if candidate.mode == "device-only":
-            head = device.head(default_head_bits(bits))
-            return {"device": layers * device.decode_layer(bits, length) + device.calls(layers), "head": head}
-        server = self._server_speed
-        behind = layers - candidate.split
-        head = server.head(default_head_bits(candidate.back_bits))
-        back = behind * server.decode_layer(candidate.back_bits, length) + server.calls(behind)
-        up, down = (
-            self._transfer(bytes_, up=up) for bytes_, up in ((candidate.bytes_per_token, True), (RESULT_BYTES, False))
-        )
-        parts = {"link up": up, "server": back, "head": head, "link down": down, "rpc": RPC_MS}
-        if candidate.mode == "server-only":
-            return parts
-        front = candidate.split * device.decode_layer(bits, length) + device.calls(candidate.split)
-        coding = {"encode": device.codec(encode=True), "decode": server.codec(encode=False)}
-        return {"device": front} | ({} if candidate.codec.startswith("raw") else coding) | parts
-
-    # One mode each.
-
-    def _device_only(self) -> Iterator[Candidate]:
-        layers, new = self.arch.layers, self.limits
-        speed = self._device_speed
-        for bits in FRONT_BITS:
-            head_bits = default_head_bits(bits)
-            ttft = layers * speed.prefill_layer(bits, new.prompt_tokens) + speed.head(head_bits)
-            ms = layers * speed.decode_layer(bits, new.context) + speed.calls(layers) + speed.head(head_bits)
-            for kv_bits in KV_BITS:
-                kl, error = self.accuracy.drop(
-                    split=layers, front_bits=bits, back_bits=bits, front_kv_bits=kv_bits, back_kv_bits=kv_bits
-                )
-                yield Candidate(
-                    mode="device-only",
-                    split=layers,
-                    front_bits=bits,
-                    back_bits=bits,
-                    kv_bits=kv_bits,
-                    codec="none",
-                    level=-1,
-                    draft_length=0,
-                    memory_mb=self._device_memory(((layers, bits),), kv_bits, head_bits),
-                    server_memory_mb=0.0,
-                    ttft_ms=ttft,
-                    ms_per_token=ms,
-                    worst_ms=ms,
-                    bytes_per_token=0.0,
-                    drop=drop_percent(kl),
-                    time_uncertainty=self.device.uncertainty,
-                    drop_se=100 * math.exp(kl) * error,
-                )
-
-    def _server_only(self) -> Iterator[Candidate]:
-        layers, new, speed = self.arch.layers, self.limits, self._server_speed
-        sent = FRAMING_BYTES + ID_BYTES
-        network = self._transfer(sent, up=True) + self._transfer(RESULT_BYTES, up=False) + RPC_MS
-        first = self._transfer(FRAMING_BYTES + ID_BYTES * new.prompt_tokens, up=True) + self._transfer(
-            RESULT_BYTES, up=False
-        )
-        for bits in BACK_BITS:
-            head_bits = default_head_bits(bits)
-            compute = layers * speed.decode_layer(bits, new.context) + speed.calls(layers) + speed.head(head_bits)
-            prefill = layers * speed.prefill_layer(bits, new.prompt_tokens) + speed.head(head_bits)
-            kl, error = self.accuracy.drop(split=layers, front_bits=bits, back_bits=bits)
-            ms = network + compute
-            yield Candidate(
-                mode="server-only",
-                split=0,
-                front_bits=bits,
-                back_bits=bits,
-                kv_bits=32,
-                codec="none",
-                level=-1,
-                draft_length=0,
-                memory_mb=INTERPRETER_MB,
-                server_memory_mb=self._server_memory(layers, bits, head_bits),
-                ttft_ms=CONNECT_ROUND_TRIPS * self.link.rtt_ms + first + prefill,
-                ms_per_token=ms,
-                worst_ms=ms,
-                bytes_per_token=sent,
-                drop=drop_percent(kl),
-                time_uncertainty=self._uncertainty(0.0, network, compute),
-                drop_se=100 * math.exp(kl) * error,
-            )
-
-    def _split(self) -> Iterator[Candidate]:
-        for split in range(1, self.arch.layers):
-            for front in FRONT_BITS:
-                for back in BACK_BITS:
-                    yield from self._split_at(split, front, back)
-
-    def _split_at(self, split: int, front_bits: int, back_bits: int) -> Iterator[Candidate]:
-        """One cut at one pair of precisions, over cache bits and codec levels, and its hand-overs."""
-        new, behind = self.limits, self.arch.layers - split
-        front_ms = self._front[front_bits] * split + self._device_speed.calls(split)
-        back_ms = self._back[back_bits] * behind + self._server_speed.calls(behind) + self._server_head[back_bits]
-        down_ms = self._transfer(RESULT_BYTES, up=False)
-        server_mb = self._server_memory(behind, back_bits, default_head_bits(back_bits))
-        chunks = -(-new.prompt_tokens // CHUNK)
-        front_chunk = split * self._front_prefill[front_bits] / chunks
-        back_chunk = behind * self._back_prefill[back_bits] / chunks
-        alone = None
-        for codec, level, raw in self._levels:
-            sent = self._sent[codec, level][split]
-            up_ms, chunk_up_ms = self._up_ms[codec, level][split]
-            coding = 0.0 if raw else self._coding_ms
-            link_ms = up_ms + down_ms + RPC_MS
-            ms = front_ms + coding + link_ms + back_ms
-            # Chunks follow each other through device, link and server: the slowest of the three paces them.
-            stages = front_chunk, chunk_up_ms - self.link.rtt_ms / 2, back_chunk
-            prefill = sum(stages) + (chunks - 1) * max(stages) + self.link.rtt_ms / 2
-            ttft = CONNECT_ROUND_TRIPS * self.link.rtt_ms + prefill + down_ms + RPC_MS + self._server_head[back_bits]
-            uncertainty = self._uncertainty(front_ms + coding, link_ms, back_ms)
-            for kv_bits in KV_BITS:
-                kl, error = self._drop(split, front_bits, back_bits, kv_bits, codec, level)
-                candidate = Candidate(
-                    mode="split",
-                    split=split,
-                    front_bits=front_bits,
-                    back_bits=back_bits,
-                    kv_bits=kv_bits,
-                    codec=codec,
-                    level=-1 if level is None else level,
-                    draft_length=0,
-                    memory_mb=self._memory_at[split, front_bits, kv_bits],
-                    server_memory_mb=server_mb,
-                    ttft_ms=ttft,
-                    ms_per_token=ms,
-                    worst_ms=ms,
-                    bytes_per_token=sent,
-                    drop=drop_percent(kl),
-                    time_uncertainty=uncertainty,
-                    drop_se=100 * math.exp(kl) * error,
-                )
-                yield candidate
-                if kv_bits == 32:
-                    alone = alone or self._alone_ms(split, front_bits, back_bits)
-                    yield from self._hand_overs(candidate, alone)
-
-    def _hand_overs(self, split: Candidate, alone_ms: tuple[float, float]) -> Iterator[Candidate]:
-        """The same cut, begun on the device alone; ``alone_ms`` is its first token and each later one there."""
-        new = self.limits
-        first_ms, token_ms = alone_ms
-        for share in HAND_OVERS:
-            position = new.prompt_tokens + round(share * (new.context - new.prompt_tokens))
-            alone_share = (position - new.prompt_tokens) / max(new.context - new.prompt_tokens, 1)
-            behind = self.arch.layers - split.split
-            moved_bits = self.accuracy.codec_bits(split.split, split.codec, _level(split), decode=False)
-            hidden = position * self.arch.d_model * moved_bits / 8
-            # The cache of the layers behind the split, and the hidden state of the token in the middle of which it goes.
-            cache = self._footprint.kv_bytes(behind, 8 if moved_bits < 32 else 32, position) + self.arch.d_model * 4
-            rebuilt = behind * self._server_speed.prefill_layer(split.back_bits, position)
-            for send, bytes_, rebuild_ms in (("hidden", hidden, rebuilt), ("kv", cache, 0.0)):
-                moving = CONNECT_ROUND_TRIPS * self.link.rtt_ms + self._transfer(bytes_, up=True)
-                moving += rebuild_ms + split.ms_per_token
-                steps = max(new.context - new.prompt_tokens, 1)
-                yield replace(
-                    split,
-                    mode="hand-over",
-                    memory_mb=self._whole_memory(split, position),
-                    ttft_ms=first_ms,
-                    ms_per_token=alone_share * token_ms + (1 - alone_share) * split.ms_per_token + moving / steps,
-                    worst_ms=max(token_ms, moving),
-                    bytes_per_token=(1 - alone_share) * split.bytes_per_token + bytes_ / steps,
-                    time_uncertainty=max(self.device.uncertainty, split.time_uncertainty),
-                    hand_over_at=position,
-                    send=send,
-                )
-
-    def _alone_ms(self, split: int, front_bits: int, back_bits: int) -> tuple[float, float]:
-        """First token and later ones at full context, with both precisions on the device."""
-        speed, new, behind = self._device_speed, self.limits, self.arch.layers - split
-        head = speed.head(default_head_bits(back_bits))
-        first = split * self._front_prefill[front_bits] + behind * speed.prefill_layer(back_bits, new.prompt_tokens)
-        later = split * self._front[front_bits] + behind * speed.decode_layer(back_bits, new.context)
-        return first + head, later + speed.calls(split) + speed.calls(behind) + head
-
-    # What the grid shares.
-
-    @cached_property
-    def _footprint(self) -> Footprint:
-        return Footprint(self.arch)
-
-    @cached_property
-    def _device_speed(self) -> MachineSpeed:
-        return MachineSpeed(self.device, self._footprint, self.threads)
-
-    @cached_property
-    def _server_speed(self) -> MachineSpeed:
-        if self.server is None:
-            raise PlanError("no server is given, and this candidate needs one")
-        return MachineSpeed(self.server, self._footprint)
-
-    @cached_property
-    def _front(self) -> dict[int, float]:
-        return {bits: self._device_speed.decode_layer(bits, self.limits.context) for bits in FRONT_BITS}
-
-    @cached_property
-    def _back(self) -> dict[int, float]:
-        return {bits: self._server_speed.decode_layer(bits, self.limits.context) for bits in BACK_BITS}
-
-    @cached_property
-    def _front_prefill(self) -> dict[int, float]:
-        return {bits: self._device_speed.prefill_layer(bits, self.limits.prompt_tokens) for bits in FRONT_BITS}
-
-    @cached_property
-    def _back_prefill(self) -> dict[int, float]:
-        return {bits: self._server_speed.prefill_layer(bits, self.limits.prompt_tokens) for bits in BACK_BITS}
-
-    @cached_property
-    def _server_head(self) -> dict[int, float]:
-        return {bits: self._server_speed.head(default_head_bits(bits)) for bits in BACK_BITS}
-
-    @cached_property
-    def _coding_ms(self) -> float:
-        return self._device_speed.codec(encode=True) + self._server_speed.codec(encode=False)
-
-    @cached_property
-    def _levels(self) -> list[tuple[str, int | None, bool]]:
-        """Codec, level, and whether it is a plain copy."""
-        return [(codec, level, codec.startswith("raw")) for codec, level in self.accuracy.codec_levels()]
-
-    @cached_property
-    def _sent(self) -> dict[tuple[str, int | None], dict[int, float]]:
-        """Bytes of one decoded token's step by split."""
-        return {
-            (codec, level): {
-                split: FRAMING_BYTES
-                + self.arch.d_model * self.accuracy.codec_bits(split, codec, level, decode=True) / 8
-                for split in range(1, self.arch.layers)
-            }
-            for codec, level, _ in self._levels
-        }
-
-    @cached_property
-    def _up_ms(self) -> dict[tuple[str, int | None], dict[int, tuple[float, float]]]:
-        """Times up of one token's step and of one prefill chunk's, by split."""
-        chunk = min(CHUNK, self.limits.prompt_tokens)
-
-        def times(codec: str, level: int | None, split: int) -> tuple[float, float]:
-            chunk_bytes = chunk * self.arch.d_model * self.accuracy.codec_bits(split, codec, level, decode=False) / 8
-            one = self._transfer(self._sent[codec, level][split], up=True)
-            return one, self._transfer(FRAMING_BYTES + chunk_bytes, up=True)
-
-        return {
-            (codec, level): {split: times(codec, level, split) for split in range(1, self.arch.layers)}
-            for codec, level, _ in self._levels
-        }
-
-    @cached_property
-    def _memory_at(self) -> dict[tuple[int, int, int], float]:
-        return {
-            (split, bits, kv_bits): self._device_memory(((split, bits),), kv_bits, None)
-            for split in range(1, self.arch.layers)
-            for bits in FRONT_BITS
-            for kv_bits in KV_BITS
-        }
-
-    @cached_property
-    def _drops(self) -> dict[tuple[object, ...], tuple[float, float]]:
-        return {}
-
-    def _drop(
-        self, split: int, front: int, back: int, kv_bits: int, codec: str, level: int | None
-    ) -> tuple[float, float]:
-        """KL and its error as sums over weights, cache and codec; the errors add up, for their common part."""
-        drop = self.accuracy.drop
-
-        def part(key: tuple[object, ...], measure: Callable[[], tuple[float, float]]) -> tuple[float, float]:
-            if key not in self._drops:
-                self._drops[key] = measure()
-            return self._drops[key]
-
-        def beyond_float(**options: Any) -> tuple[float, float]:
-            base, _ = drop(split=split, front_bits=32, back_bits=32)
-            kl, error = drop(split=split, front_bits=32, back_bits=32, **options)
-            return kl - base, error
-
-        parts = (
-            part(("weights", split, front, back), lambda: drop(split=split, front_bits=front, back_bits=back)),
-            part(("kv", split, kv_bits), lambda: beyond_float(front_kv_bits=kv_bits)),
-            part(("codec", split, codec, level), lambda: beyond_float(codec=codec, level=level)),
-        )
-        return sum(kl for kl, _ in parts), sum(error for _, error in parts)
-
-    def _device_memory(self, layers: tuple[tuple[int, int], ...], kv_bits: int, head_bits: int | None) -> float:
-        """Peak of the device's process with runs of (layers, bits), and the head if it runs there."""
-        count = sum(number for number, _ in layers)
-        kv_bytes = self._footprint.kv_bytes(count, kv_bits, self.limits.context)
-        return self._memory(layers, kv_bytes, head_bits, chunk=CHUNK, tokenizer=True)
-
-    def _server_memory(self, layers: int, bits: int, head_bits: int) -> float:
-        key = layers, bits, head_bits
-        if key not in self._server_memories:
-            kv_bytes = self._footprint.kv_bytes(layers, 32, self.limits.context)
-            self._server_memories[key] = self._memory(((layers, bits),), kv_bytes, head_bits, SERVER_CHUNK, False)
-        return self._server_memories[key]
-
-    @cached_property
-    def _server_memories(self) -> dict[tuple[int, int, int], float]:
-        return {}
-
-    def _whole_memory(self, split: Candidate, position: int) -> float:
-        """Peak of a device that holds all layers, those behind the split with a cache up to the hand-over."""
-        key = split.split, split.front_bits, split.back_bits, position
-        if key not in self._whole_memories:
-            behind = self.arch.layers - split.split
-            layers = (split.split, split.front_bits), (behind, split.back_bits)
-            kv_bytes = self._footprint.kv_bytes(split.split, 32, self.limits.context)
-            kv_bytes += self._footprint.kv_bytes(behind, 32, position)
-            head_bits = default_head_bits(split.back_bits)
-            self._whole_memories[key] = self._memory(layers, kv_bytes, head_bits, CHUNK, True)
-        return self._whole_memories[key]
-
-    @cached_property
-    def _whole_memories(self) -> dict[tuple[int, int, int, int], float]:
-        return {}
-
-    def _memory(
-        self, layers: tuple[tuple[int, int], ...], kv_bytes: int, head_bits: int | None, chunk: int, tokenizer: bool
-    ) -> float:
-        arch, footprint = self.arch, self._footprint
-        graphs = [
-            footprint.layer_weights(bits) * min(LAYERS_PER_BLOCK, number - first)
-            for number, bits in layers
-            for first in range(0, number, LAYERS_PER_BLOCK)
-        ]
-        if head_bits is not None:
-            graphs.append(footprint.head_weights(head_bits))
-        needs = MemoryNeeds(
-            graphs=tuple(graphs),
-            kv_bytes=kv_bytes,
-            positions=self.limits.context,
-            chunk=chunk,
-            d_model=arch.d_model,
-            d_ff=arch.d_ff,
-            qkv_width=footprint.qkv_width,
-            vocab_size=arch.vocab_size if head_bits is not None else 0,
-            tokenizer_size=arch.vocab_size if tokenizer else 0,
-            tables_bytes=0 if head_bits is not None and tokenizer else TABLE_MATRICES * 4 * arch.d_model**2,
-        )
-        return estimate_memory(needs).total_mb
-
-    def _transfer(self, bytes_: float, *, up: bool) -> float:
-        return self.link.transfer_ms(bytes_ + PACKET_BYTES, up=up)
-
-    def _uncertainty(self, device_ms: float, link_ms: float, server_ms: float) -> float:
-        server = self.server.uncertainty if self.server is not None else 0.0
-        errors = self.device.uncertainty * device_ms, LINK_UNCERTAINTY * link_ms, server * server_ms
-        return math.hypot(*errors) / max(device_ms + link_ms + server_ms, 1e-9)
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What `make_plan` found.
+    """What `search` found.
 
     Attributes:
         chosen: the best candidate that keeps all limits, None if none does.
@@ -497,6 +40,7 @@ class PlanReport:
             where no value helps.
         pareto: candidates that keep memory and none of which is both slower and worse than another.
         searched: number of candidates.
+        time_parts: of one token of the chosen candidate at full context, in ms.
     """
 
     chosen: Candidate | None
@@ -505,13 +49,98 @@ class PlanReport:
     relaxations: dict[str, float | None]
     pareto: tuple[Candidate, ...]
     searched: int
+    time_parts: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that ``isthmus plan --json`` prints."""
+        return {
+            "chosen": self.chosen.to_dict() if self.chosen else None,
+            "candidates": [candidate.to_dict() for candidate in self.candidates],
+            "constraints": {
+                name: {"value": value, "limit": limit, "slack": limit - value}
+                for name, (value, limit) in self.slack.items()
+            },
+            "relaxations": self.relaxations,
+            "time_parts_ms": self.time_parts,
+            "searched": self.searched,
+        }
 
 
-def search(planner: Planner) -> PlanReport:
+@dataclass(frozen=True)
+class Planned:
+    """A report with what it is about.
+
+    Attributes:
+        report: what the search found.
+        plan: to be written as a file; None if nothing fits.
+    """
+
+    report: PlanReport
+    plan: Plan | None
+
+
+def make_plan(
+    model: str,
+    device: str | Path,
+    link: str,
+    *,
+    server: str | Path | None = None,
+    limits: Limits | None = None,
+    threads: int | None = None,
+    cache: str | Path | None = None,
+    offline: bool = False,
+    progress: Progress = silent,
+) -> Planned:
+    """Plan a model for a device, a link and perhaps a server; no weight is read but for the files' hashes.
+
+    Args:
+        model: a folder, a ``.gguf`` file, a catalog name or a hub id.
+        device: name or file of the device's profile.
+        link: a preset, or a description such as ``rtt=80ms,rate=10mbit``.
+        server: name or file of the server's profile; without one only the device alone is planned.
+        limits: what must be kept.
+        threads: of the device; by default all that its profile has figures for.
+        cache: where downloaded models and accuracy tables are kept.
+        offline: use models on this machine only.
+        progress: called while a model is downloaded.
+
+    Raises:
+        PlanError: limits out of range, or no accuracy table for this model.
+        ModelError: the checkpoint cannot be found or has no builder.
+        ProfileError: a profile cannot be read.
+        LinkError: the link cannot be read.
+    """
+    folder = Path(cache) if cache else None
+    checkpoint = open_checkpoint(resolve_model(model, cache=folder, offline=offline, progress=progress))
+    arch = family_of(checkpoint.config).architecture(checkpoint.config)
+    hashes = checkpoint.file_hashes()
+    accuracy = find_accuracy(hashes, folder)
+    if accuracy is None:
+        raise PlanError(f"{model}: its accuracy was not measured yet; run `isthmus eval {model} --for-plan` once")
+    machine, path = load_profile(device), link_profile(link)
+    back = load_profile(server) if server is not None else None
+    limits = limits or Limits(context=min(1024, arch.max_positions))
+    report = search(Grid(arch, accuracy, machine, path, back, limits, threads))
+    plan = None
+    if report.chosen is not None:
+        plan = Plan(
+            model=checkpoint.name,
+            hashes=hashes,
+            chosen=report.chosen,
+            context=limits.context,
+            deadline_ms=limits.deadline_ms,
+            device=machine.name,
+            link=path.name,
+            server=back.name if back else None,
+        )
+    return Planned(report, plan)
+
+
+def search(grid: Grid) -> PlanReport:
     """Enumerate the grid and pick: the fastest that keeps all limits, the more accurate of equally fast ones."""
-    candidates = planner.candidates()
-    bounds = planner.limits.bounds()
-    fitting = [candidate for candidate in candidates if planner.feasible(candidate)]
+    candidates = grid.candidates()
+    bounds = grid.limits.bounds()
+    fitting = [candidate for candidate in candidates if grid.feasible(candidate)]
     chosen = fitting[0] if fitting else None
     shown = fitting or sorted(candidates, key=lambda candidate: _excess(candidate, bounds))
     relaxations: dict[str, float | None] = {}
@@ -525,9 +154,12 @@ def search(planner: Planner) -> PlanReport:
             ]
             relaxations[name] = min(values, default=None)
     slack = {name: (getattr(chosen, field), bound) for name, (field, bound) in bounds.items()} if chosen else {}
-    memory = planner.limits.memory_mb or math.inf
+    memory = grid.limits.memory_mb or math.inf
     within = [candidate for candidate in candidates if candidate.memory_mb <= memory]
-    return PlanReport(chosen, tuple(shown[:SHOWN]), slack, relaxations, tuple(_pareto(within)), len(candidates))
+    parts = grid.time_parts(chosen) if chosen else {}
+    return PlanReport(
+        chosen, tuple(shown[:SHOWN]), slack, relaxations, tuple(_pareto(within)), len(candidates), parts
+    )
 
 
 def _pareto(candidates: list[Candidate]) -> Iterator[Candidate]:
@@ -541,11 +173,3 @@ def _pareto(candidates: list[Candidate]) -> Iterator[Candidate]:
 def _excess(candidate: Candidate, bounds: dict[str, tuple[str, float]]) -> float:
     """By how much limits are missed, as a sum of logarithms."""
     return sum(max(0.0, math.log(max(getattr(candidate, field), 1e-9) / bound)) for field, bound in bounds.values())
-
-
-def _rank(candidate: Candidate) -> tuple[int, float, float]:
-    return (round(math.log(candidate.ms_per_token) / SAME_TIME), candidate.drop, candidate.memory_mb)
-
-
-def _level(candidate: Candidate) -> int | None:
-    return None if candidate.level < 0 else candidate.level
