@@ -10,7 +10,7 @@ from types import ModuleType
 
 from .._version import __version__
 from ..errors import IsthmusError
-from . import bench, devices, eval, export, generate, inspect, install, link, pull, serve
+from . import bench, devices, eval, export, generate, inspect, install, link, plan, pull, serve
 
 COMMANDS: dict[str, ModuleType] = {
     "pull": pull,
@@ -23,6 +23,7 @@ COMMANDS: dict[str, ModuleType] = {
     "eval": eval,
     "devices": devices,
     "link": link,
+    "plan": plan,
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -61,10 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"isthmus: error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        if args.command not in ("export", "eval") or (error.name or "").startswith("isthmus"):
+        if args.command not in ("export", "eval", "plan") or (error.name or "").startswith("isthmus"):
             raise
+        extra = "eval" if args.command == "eval" else "export"
         print(
-            f"isthmus: error: {args.command} needs {error.name}; install it with pip install 'isthmus[{args.command}]'",
+            f"isthmus: error: {args.command} needs {error.name}; install it with pip install 'isthmus[{extra}]'",
             file=sys.stderr,
         )
         return 1

@@ -1,4 +1,4 @@
-"""Pictures of `isthmus eval` over several codecs and levels: what is kept over what is sent.
+"""Pictures: of `isthmus eval`, what is kept over what is sent; of `isthmus plan`, speed over accuracy.
 
 Needs matplotlib (``pip install 'isthmus[eval]'``), which is imported when a picture is asked for.
 """
@@ -10,9 +10,12 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from ..export.planner import PlanReport
 
 SUFFIXES = (".png", ".svg")
 BITS = (0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # marks of the axis, as far as they are reached
@@ -30,7 +33,7 @@ STYLES = (
 Row = dict[str, Any]  # one codec and level, as --json prints it
 
 
-def check_plot(path: Path, *, device_only: bool) -> None:
+def check_plot(path: Path, *, device_only: bool = False) -> None:
     """Refuse a picture that could not be drawn, before anything is measured.
 
     Raises:
@@ -64,6 +67,36 @@ def plot_task(rows: Sequence[Row], path: Path) -> None:
     reference = first["reference_accuracy"]
     lines = {} if reference is None else {"accuracy": (reference, "reference")}
     _draw(rows, path, title, [("accuracy", "accuracy", False)], lines)
+
+
+def plot_plan(report: PlanReport, path: Path) -> None:
+    """Draw a plan's Pareto front, time per token over the drop in accuracy, and where one token's time goes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    front, parts = figure.subplots(1, 2, width_ratios=(3, 2))
+    modes = sorted({candidate.mode for candidate in report.pareto})
+    for mode, (color, mark) in zip(modes, STYLES, strict=False):
+        points = [candidate for candidate in report.pareto if candidate.mode == mode]
+        drops, times = ([getattr(point, name) for point in points] for name in ("drop", "ms_per_token"))
+        errors = [point.time_uncertainty * point.ms_per_token for point in points]
+        front.errorbar(drops, times, errors, fmt=mark, color=color, elinewidth=0.6, label=mode)
+    if report.chosen is not None:
+        front.plot(
+            report.chosen.drop, report.chosen.ms_per_token, "o", ms=14, mfc="none", color="black", label="chosen"
+        )
+    front.set(xlabel="expected increase in perplexity, %", ylabel="ms per token", xscale="symlog", yscale="log")
+    front.grid(alpha=0.3)
+    front.legend()
+    left = 0.0
+    for (name, time), (color, _) in zip(report.time_parts.items(), STYLES * 2, strict=False):
+        parts.barh(["one token"], [time], left=left, color=color, label=f"{name} {time:.2f} ms")
+        left += time
+    parts.set(xlabel="ms")
+    parts.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+    _save(figure, path)
 
 
 def _draw(

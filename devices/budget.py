@@ -8,8 +8,8 @@ them against measurements. 1 MB is 10^6 bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from tabulate import tabulate
 
@@ -40,7 +40,7 @@ class StoredWeight:
     bytes: int
     symmetric: bool = True
 
-    @property
+    @cached_property
     def prepacked_bytes(self) -> int:
         """What onnxruntime makes of it: packed, one float more a block (its sum); floats as float32."""
         if self.bits > 8:
@@ -152,8 +152,3 @@ def parse_megabytes(text: str) -> float:
     if match is None or unit is None or float(match.group(1)) <= 0:
         raise RequestError(f"size {text!r}: must be a positive number with its unit, kB, MB, GB or MiB: 300MB")
     return float(match.group(1)) * unit
-
-
-def total_bytes(weights: Iterable[StoredWeight]) -> int:
-    """Stored bytes of weights."""
-    return sum(weight.bytes for weight in weights)

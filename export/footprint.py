@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..devices.budget import StoredWeight
-from ..quant.opsc import Precision
+from ..quant.opsc import WEIGHT_BITS, Precision
 from ..runtime.bundle import Architecture, KVSpec
 
 OPERATORS_PER_LAYER = 14  # two norms, five products, attention, dummy row in and out, activation, gate, two sums
@@ -32,31 +32,32 @@ class Footprint:
             "down": (arch.d_model, arch.d_ff),
         }
 
-    @property
+    @cached_property
     def qkv_width(self) -> int:
         """Width of queries, keys and values together."""
         return (self.arch.heads + 2 * self.arch.kv_heads) * self.arch.head_dim
 
-    @property
+    @cached_property
     def layer_parameters(self) -> int:
         """Weights of one layer."""
         return sum(rows * columns for rows, columns in self.matrices.values())
 
-    def layer_weights(self, bits: int) -> tuple[StoredWeight, ...]:
-        """A layer's weights as a bundle stores them."""
-        return tuple(self._stored(bits, rows, columns) for rows, columns in self.matrices.values())
+    @cached_property
+    def layer_weights(self) -> dict[int, tuple[StoredWeight, ...]]:
+        """A layer's weights as a bundle stores them, by their bits."""
+        shapes = self.matrices.values()
+        return {bits: tuple(self._stored(bits, *shape) for shape in shapes) for bits in WEIGHT_BITS}
 
-    def head_weights(self, bits: int) -> tuple[StoredWeight, ...]:
-        """The head's weight."""
-        return (self._stored(bits, self.arch.vocab_size, self.arch.d_model),)
+    @cached_property
+    def head_weights(self) -> dict[int, tuple[StoredWeight, ...]]:
+        """The head's weight, by its bits."""
+        shape = self.arch.vocab_size, self.arch.d_model
+        return {bits: (self._stored(bits, *shape),) for bits in WEIGHT_BITS}
 
-    def layer_bytes(self, bits: int) -> int:
+    @cached_property
+    def layer_bytes(self) -> dict[int, int]:
         """Stored bytes of one layer."""
-        return sum(weight.bytes for weight in self.layer_weights(bits))
-
-    def head_bytes(self, bits: int) -> int:
-        """Stored bytes of the head."""
-        return sum(weight.bytes for weight in self.head_weights(bits))
+        return {bits: sum(weight.bytes for weight in weights) for bits, weights in self.layer_weights.items()}
 
     def kv_bytes(self, layers: int, bits: int, positions: int) -> int:
         """Bytes of the KV cache of so many layers, as it is allocated."""
@@ -64,11 +65,6 @@ class Footprint:
 
     def _stored(self, bits: int, rows: int, columns: int) -> StoredWeight:
         return StoredWeight(bits, self.block_size, Precision(bits, self.block_size).bytes_for(rows, columns))
-
-
-def default_embed_bits(front_bits: int) -> int:
-    """Bits of the embedding table where none are asked for."""
-    return max(8, front_bits)
 
 
 def default_head_bits(layer_bits: int) -> int:

@@ -1,8 +1,8 @@
 """All ways to run a model on a device, a link and a server, each with its memory, times, bytes and drop in accuracy.
 
-Times come from device profiles (`isthmus.export.latency`), drops from measurements (`isthmus.export.accuracy`). The
-bytes of a hand-over are those of arXiv 2511.04002: the cache of the layers behind the split and one hidden state, or the
-hidden states of all positions at the split.
+Times come from device profiles (`isthmus.export.latency`), drops from measurements (`isthmus.export.accuracy`). A
+hand-over sends what arXiv 2511.04002 does: the cache of the layers behind the split and one hidden state, or the hidden
+states of all positions at the split.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..runtime.bundle import Architecture
 from .accuracy import AccuracyTable, drop_percent
 from .footprint import Footprint, default_head_bits
 from .latency import CHUNK, LAYERS_PER_BLOCK, MachineSpeed
-from .plan import Candidate
+from .plan import MODES, Candidate
 
 FRONT_BITS = BACK_BITS = (2, 4, 8, 16, 32)
 KV_BITS = (32, 8, 4)
@@ -51,6 +51,7 @@ class Limits:
         first_token_ms: for the first.
         max_drop: expected increase in perplexity, in percent.
         server_memory_mb: resident memory of the server's process.
+        sessions: generations that share the server, which computes their steps one after the other.
 
     Raises:
         PlanError: a limit that nothing can keep.
@@ -63,8 +64,11 @@ class Limits:
     first_token_ms: float | None = None
     max_drop: float | None = 5.0
     server_memory_mb: float | None = None
+    sessions: int = 1
 
     def __post_init__(self) -> None:
+        if self.sessions < 1:
+            raise PlanError(f"sessions={self.sessions}: must be at least 1")
         for name in ("memory_mb", "deadline_ms", "first_token_ms", "max_drop", "server_memory_mb"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -96,6 +100,7 @@ class Grid:
 
     Attributes:
         threads: of the device; None for all that its profile has figures for.
+        modes: that are looked at, of `isthmus.export.plan.MODES`.
     """
 
     arch: Architecture
@@ -105,12 +110,17 @@ class Grid:
     server: DeviceProfile | None
     limits: Limits
     threads: int | None = None
+    modes: tuple[str, ...] = MODES
 
     def __post_init__(self) -> None:
         if self.limits.context > self.arch.max_positions:
             raise PlanError(
                 f"context={self.limits.context}: the model has {self.arch.max_positions} positions; ask for fewer"
             )
+        if not self.modes or not set(self.modes) <= set(MODES):
+            raise PlanError(f"modes {', '.join(self.modes)}: must be some of {', '.join(MODES)}")
+        if self.server is None and self.modes != MODES and "device-only" not in self.modes:
+            raise PlanError(f"modes {', '.join(self.modes)} need a server; give its profile")
         if self.accuracy.layers != self.arch.layers:
             raise PlanError(
                 f"the accuracy table is of {self.accuracy.model} with {self.accuracy.layers} layers, the model has "
@@ -123,7 +133,7 @@ class Grid:
         if self.server is not None:
             found += self._server_only()
             found += self._split()
-        return sorted(found, key=_rank)
+        return sorted((candidate for candidate in found if candidate.mode in self.modes), key=_rank)
 
     def feasible(self, candidate: Candidate) -> bool:
         """Whether a candidate keeps all limits."""
@@ -219,7 +229,7 @@ class Grid:
     def _split(self) -> Iterator[Candidate]:
         for split in range(1, self.arch.layers):
             for front in FRONT_BITS:
-                for back in BACK_BITS:
+                for back in (bits for bits in BACK_BITS if bits >= front):
                     yield from self._split_at(split, front, back)
 
     def _split_at(self, split: int, front_bits: int, back_bits: int) -> Iterator[Candidate]:
@@ -278,11 +288,11 @@ class Grid:
             position = new.prompt_tokens + round(share * (new.context - new.prompt_tokens))
             alone_share = (position - new.prompt_tokens) / max(new.context - new.prompt_tokens, 1)
             behind = self.arch.layers - split.split
-            moved_bits = self.accuracy.codec_bits(split.split, split.codec, _level(split), decode=False)
+            moved_bits = self._prefill_bits[split.codec, _level(split)][split.split]
             hidden = position * self.arch.d_model * moved_bits / 8
             # The cache of the layers behind the split, and the hidden state of the token during which it goes.
             cache = self._footprint.kv_bytes(behind, 8 if moved_bits < 32 else 32, position) + self.arch.d_model * 4
-            rebuilt = behind * self._server_speed.prefill_layer(split.back_bits, position)
+            rebuilt = behind * self._rebuild_ms(split.back_bits, position)
             for send, bytes_, rebuild_ms in (("hidden", hidden, rebuilt), ("kv", cache, 0.0)):
                 moving = CONNECT_ROUND_TRIPS * self.link.rtt_ms + self._transfer(bytes_, up=True)
                 moving += rebuild_ms + split.ms_per_token
@@ -322,7 +332,7 @@ class Grid:
     def _server_speed(self) -> MachineSpeed:
         if self.server is None:
             raise PlanError("no server is given, and this candidate needs one")
-        return MachineSpeed(self.server, self._footprint)
+        return MachineSpeed(self.server, self._footprint, sharing=self.limits.sessions)
 
     @cached_property
     def _front(self) -> dict[int, float]:
@@ -366,12 +376,23 @@ class Grid:
         }
 
     @cached_property
+    def _prefill_bits(self) -> dict[tuple[str, int | None], dict[int, float]]:
+        """Bits per element in frames of a prefill, by split."""
+        return {
+            (codec, level): {
+                split: self.accuracy.codec_bits(split, codec, level, decode=False)
+                for split in range(1, self.arch.layers)
+            }
+            for codec, level, _ in self._levels
+        }
+
+    @cached_property
     def _up_ms(self) -> dict[tuple[str, int | None], dict[int, tuple[float, float]]]:
         """Times up of one token's step and of one prefill chunk's, by split."""
         chunk = min(CHUNK, self.limits.prompt_tokens)
 
         def times(codec: str, level: int | None, split: int) -> tuple[float, float]:
-            chunk_bytes = chunk * self.arch.d_model * self.accuracy.codec_bits(split, codec, level, decode=False) / 8
+            chunk_bytes = chunk * self.arch.d_model * self._prefill_bits[codec, level][split] / 8
             one = self._transfer(self._sent[codec, level][split], up=True)
             return one, self._transfer(FRAMING_BYTES + chunk_bytes, up=True)
 
@@ -425,7 +446,7 @@ class Grid:
     def _server_memory(self, layers: int, bits: int, head_bits: int) -> float:
         key = layers, bits, head_bits
         if key not in self._server_memories:
-            kv_bytes = self._footprint.kv_bytes(layers, 32, self.limits.context)
+            kv_bytes = self.limits.sessions * self._footprint.kv_bytes(layers, 32, self.limits.context)
             self._server_memories[key] = self._memory(((layers, bits),), kv_bytes, head_bits, SERVER_CHUNK, False)
         return self._server_memories[key]
 
@@ -445,6 +466,16 @@ class Grid:
             self._whole_memories[key] = self._memory(layers, kv_bytes, head_bits, CHUNK, True)
         return self._whole_memories[key]
 
+    def _rebuild_ms(self, bits: int, position: int) -> float:
+        """One layer of the server over the hidden states of so many positions."""
+        if (bits, position) not in self._rebuilds:
+            self._rebuilds[bits, position] = self._server_speed.prefill_layer(bits, position)
+        return self._rebuilds[bits, position]
+
+    @cached_property
+    def _rebuilds(self) -> dict[tuple[int, int], float]:
+        return {}
+
     @cached_property
     def _whole_memories(self) -> dict[tuple[int, int, int, int], float]:
         return {}
@@ -454,12 +485,12 @@ class Grid:
     ) -> float:
         arch, footprint = self.arch, self._footprint
         graphs = [
-            footprint.layer_weights(bits) * min(LAYERS_PER_BLOCK, number - first)
+            footprint.layer_weights[bits] * min(LAYERS_PER_BLOCK, number - first)
             for number, bits in layers
             for first in range(0, number, LAYERS_PER_BLOCK)
         ]
         if head_bits is not None:
-            graphs.append(footprint.head_weights(head_bits))
+            graphs.append(footprint.head_weights[head_bits])
         needs = MemoryNeeds(
             graphs=tuple(graphs),
             kv_bytes=kv_bytes,

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..devices.link import LinkProfile, link_profile
-from ..devices.profile import DeviceProfile, load_profile
+from ..devices.link import link_profile
+from ..devices.profile import load_profile
 from ..errors import PlanError
-from .accuracy import AccuracyTable, find_accuracy
+from .accuracy import find_accuracy
 from .checkpoint import open_checkpoint
 from .families import family_of
 from .grid import Grid, Limits
-from .plan import Candidate, Plan
+from .plan import MODES, Candidate, Plan
 from .progress import Progress, silent
 from .sources import resolve_model
 
@@ -87,6 +87,7 @@ def make_plan(
     server: str | Path | None = None,
     limits: Limits | None = None,
     threads: int | None = None,
+    modes: tuple[str, ...] = MODES,
     cache: str | Path | None = None,
     offline: bool = False,
     progress: Progress = silent,
@@ -100,6 +101,7 @@ def make_plan(
         server: name or file of the server's profile; without one only the device alone is planned.
         limits: what must be kept.
         threads: of the device; by default all that its profile has figures for.
+        modes: that are looked at, of `isthmus.export.plan.MODES`.
         cache: where downloaded models and accuracy tables are kept.
         offline: use models on this machine only.
         progress: called while a model is downloaded.
@@ -120,7 +122,7 @@ def make_plan(
     machine, path = load_profile(device), link_profile(link)
     back = load_profile(server) if server is not None else None
     limits = limits or Limits(context=min(1024, arch.max_positions))
-    report = search(Grid(arch, accuracy, machine, path, back, limits, threads))
+    report = search(Grid(arch, accuracy, machine, path, back, limits, threads, modes))
     plan = None
     if report.chosen is not None:
         plan = Plan(
@@ -157,9 +159,7 @@ def search(grid: Grid) -> PlanReport:
     memory = grid.limits.memory_mb or math.inf
     within = [candidate for candidate in candidates if candidate.memory_mb <= memory]
     parts = grid.time_parts(chosen) if chosen else {}
-    return PlanReport(
-        chosen, tuple(shown[:SHOWN]), slack, relaxations, tuple(_pareto(within)), len(candidates), parts
-    )
+    return PlanReport(chosen, tuple(shown[:SHOWN]), slack, relaxations, tuple(_pareto(within)), len(candidates), parts)
 
 
 def _pareto(candidates: list[Candidate]) -> Iterator[Candidate]:
