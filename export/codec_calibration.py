@@ -9,8 +9,10 @@ from types import ModuleType
 
 from ..errors import CodecError
 from ..quant.codec import CODECS
+from ..quant.klt import KLTTables
 from ..quant.opsc import Recipe
-from ..quant.trellis import native
+from ..quant.tabq_rans import TabQTables
+from ..quant.trellis import Floats, native
 from ..runtime.bundle import Architecture, Segment
 from .calibration import document_start
 from .checkpoint import Checkpoint
@@ -62,17 +64,37 @@ def calibrate_codecs(
     gradients = gradients_at(
         checkpoint, recipe.split, windows[::GRADIENT_SHARE], start=hidden[::GRADIENT_SHARE], progress=progress
     )
-    states = CalibrationStates(
-        ids=windows,
-        hidden=hidden,
-        gradients=[gradient[1:] for gradient in gradients],
-        embedding=checkpoint.tensor(EMBEDDING),
-        isolated=isolated_states(
-            checkpoint, family, arch, recipe, document_start(checkpoint.tokenizer()), progress=progress
-        ),
+    klt, tabq = fit_codecs(
+        windows,
+        hidden,
+        gradients,
+        checkpoint.tensor(EMBEDDING),
+        isolated_states(checkpoint, family, arch, recipe, document_start(checkpoint.tokenizer()), progress=progress),
+        progress,
     )
-    klt, tabq = fit_klt(states, progress), fit_tabq(hidden[::TABQ_SHARE])
     for half in ("device", "server"):
         klt.save(root / half)
         tabq.save(root / half)
     return CODECS
+
+
+def fit_codecs(
+    windows: Sequence[Sequence[int]],
+    hidden: Sequence[Floats],
+    gradients: Sequence[Floats],
+    embedding: Floats,
+    isolated: Floats,
+    progress: Progress,
+) -> tuple[KLTTables, TabQTables]:
+    """Fit the calibrated codecs to hidden states at a split.
+
+    Args:
+        windows: token ids of the calibration texts.
+        hidden: their hidden states, ``[tokens, d_model]`` each.
+        gradients: of the loss at some of these, ``[tokens, d_model]`` each.
+        embedding: ``[vocab_size, d_model]``.
+        isolated: ``[vocab_size, d_model]``, see `isthmus.export.front_states.isolated_states`.
+        progress: called as steps are done.
+    """
+    states = CalibrationStates(windows, hidden, [gradient[1:] for gradient in gradients], embedding, isolated)
+    return fit_klt(states, progress), fit_tabq(hidden[::TABQ_SHARE])

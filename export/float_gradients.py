@@ -5,7 +5,7 @@ A layer's weights are read when it is its turn, for all texts at once, and gone 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -71,6 +71,29 @@ def gradients_at(
         ModelError: no family builds the checkpoint, or it lacks a weight.
         ExportError: there is no such layer, or ``start`` does not fit the windows.
     """
+    for _, gradients in gradients_down_to(  # noqa: B007 - the last, at the split, is the one that is wanted
+        checkpoint, split, windows, draws=draws, seed=seed, start=start, progress=progress
+    ):
+        pass
+    return [gradient for window in gradients for gradient in window]
+
+
+def gradients_down_to(
+    checkpoint: Checkpoint,
+    split: int,
+    windows: Sequence[Sequence[int]],
+    *,
+    draws: int = 1,
+    seed: int = 0,
+    start: Sequence[Floats] | None = None,
+    progress: Progress = silent,
+) -> Iterator[tuple[int, list[list[Floats]]]]:
+    """What `gradients_at` does, with the gradients at every layer on the way.
+
+    Yields:
+        A layer, from the number of layers (the head's input) down to ``split``, and for each window its ``draws``
+        gradients ``[tokens, d_model]`` there.
+    """
     arch, layers = _split_layers(checkpoint, split)
     if start is None:
         start = hidden_at(checkpoint, split, windows, progress=progress)
@@ -83,11 +106,12 @@ def gradients_at(
         inputs.append(_forward_all(checkpoint, index, inputs[-1]))
     progress("gradients at the head", len(layers), steps)
     gradients = _head_gradients(checkpoint, inputs.pop(), draws, seed)
+    yield arch.layers, gradients
     for step, index in enumerate(reversed(layers), len(layers) + 1):
         progress(f"gradients at layer {index}", step, steps)
         gradients = _backward_all(checkpoint, index, inputs.pop(), gradients)
+        yield index, gradients
     progress("gradients", steps, steps)
-    return [gradient for window in gradients for gradient in window]
 
 
 def _split_layers(checkpoint: Checkpoint, split: int) -> tuple[Architecture, range]:

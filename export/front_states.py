@@ -71,6 +71,7 @@ def isolated_states(
     recipe: Recipe,
     start: int,
     *,
+    tokens: NDArray[np.int64] | None = None,
     progress: Progress = silent,
 ) -> Hidden:
     """Hidden states ``[vocab_size, d_model]`` at the split of every token, right after one document start.
@@ -86,10 +87,12 @@ def isolated_states(
         arch: its numbers.
         recipe: tells the split and the front's precision.
         start: the token at position 0, see `isthmus.export.calibration.document_start`.
+        tokens: ids of those that are wanted, the others' states are 0; all by default.
         progress: called as tokens are done.
     """
     table = Weights(checkpoint, recipe.precision).embedding()
-    states = np.empty((arch.vocab_size, arch.d_model), np.float32)
+    tokens = np.arange(arch.vocab_size) if tokens is None else tokens
+    states = np.zeros((arch.vocab_size, arch.d_model), np.float32)
     with tempfile.TemporaryDirectory() as folder:
         layers = BatchedLayers(
             Path(folder),
@@ -101,16 +104,16 @@ def isolated_states(
         )
         opening = layers.session(1)
         opening.step(table[[start]])
-        for first in range(0, arch.vocab_size, PROBED_AT_ONCE):
-            progress("hidden state of each token", first, arch.vocab_size)
-            rows = table[first : first + PROBED_AT_ONCE]
-            if first == 0 or len(rows) < PROBED_AT_ONCE:
-                session = layers.session(len(rows))
+        for first in range(0, len(tokens), PROBED_AT_ONCE):
+            progress("hidden state of each token", first, len(tokens))
+            ids = tokens[first : first + PROBED_AT_ONCE]
+            if first == 0 or len(ids) < PROBED_AT_ONCE:
+                session = layers.session(len(ids))
                 for name, array in session.cache.items():
                     array[:] = opening.cache[name]
             session.length = 1
-            states[first : first + len(rows)] = session.step(rows)
-    progress("hidden state of each token", arch.vocab_size, arch.vocab_size)
+            states[ids] = session.step(table[ids])
+    progress("hidden state of each token", len(tokens), len(tokens))
     return states
 
 

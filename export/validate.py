@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..devices.backend import Graph, default_threads
 from ..errors import ExportError
+from ..quant.kv import KVScales
 from ..quant.opsc import Recipe
 from ..runtime.bundle import Architecture, Half, KVSpec, Segment
 from .checkpoint import Checkpoint, open_checkpoint
@@ -50,6 +51,9 @@ class FloatModel:
     Args:
         scratch: folder for that graph.
         threads: of onnxruntime.
+        weights: others than the checkpoint's in float32, to see what they change.
+        kv_scales: of every layer that is run, if its KV cache has fewer than 32 bits.
+        kv_bits: of the KV cache.
     """
 
     checkpoint: Checkpoint
@@ -57,10 +61,13 @@ class FloatModel:
     arch: Architecture
     scratch: Path
     threads: int = field(default_factory=default_threads)
+    weights: Weights | None = None
+    kv_scales: Mapping[int, KVScales] = field(default_factory=dict)
+    kv_bits: int = 32
 
     def embed(self, ids: Sequence[int]) -> Hidden:
         """Hidden states ``[tokens, d_model]`` before the first layer."""
-        return self.checkpoint.tensor(EMBEDDING)[list(ids)]
+        return (self.weights or Weights.floats(self.checkpoint)).embedding(list(ids))
 
     def layer(self, index: int, hidden: Hidden) -> Hidden:
         """One layer over a whole text."""
@@ -75,11 +82,11 @@ class FloatModel:
 
         Keys are as the cache holds them, rotated to their positions.
         """
-        kv = KVSpec(32, self.arch.kv_heads, self.arch.head_dim)
+        kv = KVSpec(self.kv_bits, self.arch.kv_heads, self.arch.head_dim)
         span = range(index, index + 1)
         with self._builder(block_names(span)) as builder:
             names = {index: self.family.tensors(self.arch, index)}
-            build_block(builder, names, max(map(len, texts)), kv, {})
+            build_block(builder, names, max(map(len, texts)), kv, self.kv_scales)
             graph = Graph(builder.writer.graph_path, self.threads)
             for hidden in texts:
                 out, cache = run_block_and_cache(graph, span, kv, hidden)
@@ -104,7 +111,7 @@ class FloatModel:
     def _builder(self, names: Sequence[str]) -> Iterator[SegmentBuilder]:
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             writer = GraphWriter(Path(folder), "reference")
-            yield SegmentBuilder(writer, self.arch, Weights.floats(self.checkpoint), names)
+            yield SegmentBuilder(writer, self.arch, self.weights or Weights.floats(self.checkpoint), names)
 
 
 def float_logits(model: str | Path, ids: Sequence[int]) -> Hidden:
