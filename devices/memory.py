@@ -1,4 +1,6 @@
-"""How much memory this process takes: resident (with mapped files) and anonymous (its own, without them).
+"""How much memory the machine has for us, and how much this process takes.
+
+A process's memory is resident (with mapped files) or anonymous (its own, without them).
 
 Mapped weights count as resident, but the system may drop them at any time; what a device cannot take back is
 the anonymous part. 1 MB is 10^6 bytes.
@@ -13,11 +15,51 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from . import cgroups
+
 SAMPLE_INTERVAL_S = 0.05  # reading the counters takes 0.03 ms: below 0.1 % of one core
 
 # `status` keeps running counters; `smaps_rollup` is exact to the page but walks all page tables, milliseconds
 # for a large process, too slow to sample beside a measurement.
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class MachineMemory:
+    """Memory of the machine in MB, or of the container that this process runs in.
+
+    Attributes:
+        total_mb: in all.
+        free_mb: of that, what programs can still take without swapping.
+    """
+
+    total_mb: float
+    free_mb: float
+
+
+def machine_memory(
+    meminfo: Path = _MEMINFO, mount: Path = cgroups.MOUNT, membership: Path = cgroups.MEMBERSHIP
+) -> MachineMemory | None:
+    """Read it from the system, the limits of control groups respected; None where the system does not tell (no Linux).
+
+    Args:
+        meminfo: the kernel's counters.
+        mount: where control groups are mounted.
+        membership: which groups this process is in.
+    """
+    try:
+        lines = [line.split() for line in meminfo.read_text().splitlines()]
+    except OSError:
+        return None
+    counters = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if len(line) >= 2}
+    if "MemTotal" not in counters or "MemAvailable" not in counters:
+        return None
+    total, free = counters["MemTotal"], counters["MemAvailable"]
+    limit = cgroups.memory_limit(mount, membership)
+    if limit is not None:
+        total, free = min(total, limit.limit), min(free, limit.free)
+    return MachineMemory(total / 1e6, free / 1e6)
 
 
 @dataclass(frozen=True)
@@ -28,11 +70,13 @@ class ProcessMemory:
         resident_mb: pages in memory now, mapped files included.
         peak_resident_mb: the most of them since the process began.
         anonymous_mb: pages in memory now that no file backs: heap, stacks, prepacked weights, KV caches.
+        data_mb: what it has asked for of heap and private mappings, used or not; ``RLIMIT_DATA`` bounds that.
     """
 
     resident_mb: float | None = None
     peak_resident_mb: float | None = None
     anonymous_mb: float | None = None
+    data_mb: float | None = None
 
 
 def process_memory(pid: int | None = None) -> ProcessMemory:
@@ -58,7 +102,7 @@ def parse_status(text: str) -> ProcessMemory:
     def megabytes(name: str) -> float | None:
         return int(fields[name].split()[0]) * 1024 / 1e6 if name in fields else None
 
-    return ProcessMemory(megabytes("VmRSS"), megabytes("VmHWM"), megabytes("RssAnon"))
+    return ProcessMemory(megabytes("VmRSS"), megabytes("VmHWM"), megabytes("RssAnon"), megabytes("VmData"))
 
 
 class AnonymousPeak:
