@@ -7,6 +7,7 @@ goes to the device, OUT/server to the server; neither ever holds the other's lay
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 WEIGHT_BITS = (2, 4, 8, 16, 32)
 WEIGHTS = ("rtn", "mse", "hqq", "gptq", "mixed", "auto")
@@ -31,15 +32,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("model", metavar="MODEL", help="folder, .gguf file, catalog name or hub id")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to create; must not exist")
-    parser.add_argument(
-        "--split",
-        type=_split,
-        required=True,
-        metavar="N|all",
-        help="layers on the device; `all` keeps every layer there",
+    cut = parser.add_mutually_exclusive_group(required=True)
+    cut.add_argument(
+        "--split", type=_split, metavar="N|all", help="layers on the device; `all` keeps every layer there"
     )
-    parser.add_argument("--front-bits", type=int, choices=WEIGHT_BITS, default=4, help="device layers (default 4)")
-    parser.add_argument("--back-bits", type=int, choices=WEIGHT_BITS, default=8, help="server layers (default 8)")
+    cut.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="take split, bits of weights and KV cache, and context from `isthmus plan -o FILE`",
+    )
+    parser.add_argument("--front-bits", type=int, choices=WEIGHT_BITS, help="device layers (default 4)")
+    parser.add_argument("--back-bits", type=int, choices=WEIGHT_BITS, help="server layers (default 8)")
     parser.add_argument("--embed-bits", type=int, choices=WEIGHT_BITS, help="default: 8, or the front's if higher")
     parser.add_argument("--head-bits", type=int, choices=WEIGHT_BITS, help="default: 8, or the back's if higher")
     parser.add_argument(
@@ -55,7 +58,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--kv-bits",
         type=int,
         choices=KV_BITS,
-        default=32,
         help="KV cache on both sides (default 32, float32); 8 and 4 save memory and cost prefill speed",
     )
     parser.add_argument("--front-kv-bits", type=int, choices=KV_BITS, help="KV cache on the device")
@@ -91,28 +93,46 @@ def run(args: argparse.Namespace) -> int:
     from .inspect import print_manifest
     from .progress import progress_bar
 
+    kv_bits = 32 if args.kv_bits is None else args.kv_bits
+    options = {
+        "split": args.split,
+        "front_bits": 4 if args.front_bits is None else args.front_bits,
+        "back_bits": 8 if args.back_bits is None else args.back_bits,
+        "front_kv_bits": kv_bits if args.front_kv_bits is None else args.front_kv_bits,
+        "back_kv_bits": kv_bits if args.back_kv_bits is None else args.back_kv_bits,
+        "max_length": args.max_length,
+    }
+    if args.plan:
+        options = _planned(args)
     with progress_bar() as progress:
         manifest = export_bundle(
             args.model,
             args.output,
-            split=args.split,
-            front_bits=args.front_bits,
-            back_bits=args.back_bits,
             embed_bits=args.embed_bits,
             head_bits=args.head_bits,
             block_size=args.block_size,
             weights=args.weights,
             symmetric=not args.asymmetric,
-            front_kv_bits=args.kv_bits if args.front_kv_bits is None else args.front_kv_bits,
-            back_kv_bits=args.kv_bits if args.back_kv_bits is None else args.back_kv_bits,
             calibration=args.calibration,
             calibration_tokens=args.calibration_tokens,
             layers_per_block=args.layers_per_block,
-            max_length=args.max_length,
             compare_transformers=args.compare_transformers,
             cache=args.cache,
             offline=args.offline,
             progress=progress,
+            **options,
         )
     print_manifest(manifest, as_json=args.json)
     return 0
+
+
+def _planned(args: argparse.Namespace) -> dict[str, Any]:
+    """Options from a plan, which none of the command line may contradict."""
+    from ..errors import PlanError
+    from ..export.planner import export_options
+
+    for name in ("front_bits", "back_bits", "kv_bits", "front_kv_bits", "back_kv_bits", "max_length"):
+        if getattr(args, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise PlanError(f"{option} and --plan: the plan tells that; leave {option} out, or plan with other limits")
+    return export_options(args.plan, args.model, cache=args.cache, offline=args.offline)

@@ -86,6 +86,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="for each token but the first, as in 200ms: the codec's level follows link and server to keep it",
     )
+    parser.add_argument(
+        "--plan", metavar="FILE", help="take codec, level, context and deadline from `isthmus plan -o FILE`"
+    )
     add_server_options(parser)
 
 
@@ -104,7 +107,10 @@ def run(args: argparse.Namespace) -> int:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
     )
-    model = open_model(args, None if args.deadline is None else 1e3 * parse_duration_s(args.deadline))
+    deadline_ms = None if args.deadline is None else 1e3 * parse_duration_s(args.deadline)
+    if args.plan:
+        deadline_ms = _follow_plan(args, deadline_ms)
+    model = open_model(args, deadline_ms)
     stream = model.stream(prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop)
     interrupted = False
     try:
@@ -122,6 +128,21 @@ def run(args: argparse.Namespace) -> int:
         print()
         print(_summary(result), file=sys.stderr)
     return INTERRUPTED if interrupted else 0
+
+
+def _follow_plan(args: argparse.Namespace, deadline_ms: float | None) -> float | None:
+    """Fill options that were not given from a plan for this bundle; the deadline in ms."""
+    from ..export.plan import read_plan
+    from ..runtime.bundle import open_bundle
+
+    plan = read_plan(args.plan)
+    plan.check_bundle(open_bundle(args.bundle, "device", verify=False, use_installed=False).manifest)
+    chosen = plan.chosen
+    if args.codec is None and chosen.codec != "none":
+        args.codec, args.level = chosen.codec, None if chosen.level < 0 else chosen.level
+    args.context = plan.context if args.context is None else args.context
+    has_levels = args.codec is not None and not args.codec.startswith("raw")
+    return plan.deadline_ms if deadline_ms is None and has_levels else deadline_ms
 
 
 def _prompt(args: argparse.Namespace) -> str | list[int] | list[dict[str, str]]:

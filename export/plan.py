@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
+from ..runtime.bundle import Manifest
 
 MODES = ("device-only", "split", "server-only", "hand-over")
 VERSION = 1
@@ -132,6 +133,22 @@ class Plan:
         if sorted(self.hashes.values()) != sorted(hashes.values()):
             raise PlanError(
                 f"this plan is for {self.model}, and the files of {name} have other hashes; run `isthmus plan {name}`"
+            )
+
+    def check_bundle(self, manifest: Manifest) -> None:
+        """Raise `PlanError` unless a bundle was exported as planned."""
+        self.check_model(manifest.source.name, manifest.source.files)
+        chosen = self.chosen
+        planned = {"split": chosen.split, "front_bits": chosen.front_bits, "back_bits": chosen.back_bits}
+        for name, value in planned.items():
+            if getattr(manifest, name) != value:
+                raise PlanError(
+                    f"the plan has {name}={value}, this bundle {getattr(manifest, name)}; export it with --plan or "
+                    "leave the plan out"
+                )
+        if self.context > manifest.max_length:
+            raise PlanError(
+                f"the plan has a context of {self.context}, this bundle {manifest.max_length}; export it with --plan"
             )
 
 

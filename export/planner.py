@@ -21,7 +21,7 @@ from .accuracy import find_accuracy
 from .checkpoint import open_checkpoint
 from .families import family_of
 from .grid import Grid, Limits
-from .plan import MODES, Candidate, Plan
+from .plan import MODES, Candidate, Plan, read_plan
 from .progress import Progress, silent
 from .sources import resolve_model
 
@@ -136,6 +136,33 @@ def make_plan(
             server=back.name if back else None,
         )
     return Planned(report, plan)
+
+
+def export_options(
+    plan: str | Path, model: str, *, cache: str | Path | None = None, offline: bool = False
+) -> dict[str, Any]:
+    """Arguments of `isthmus.export.export.export_bundle` that follow a plan file.
+
+    Raises:
+        PlanError: it cannot be read, is for another model, or leaves nothing to export.
+        ModelError: the checkpoint cannot be found.
+    """
+    read = read_plan(plan)
+    checkpoint = open_checkpoint(resolve_model(model, cache=Path(cache) if cache else None, offline=offline))
+    read.check_model(checkpoint.name, checkpoint.file_hashes())
+    chosen = read.chosen
+    if chosen.mode == "server-only":
+        raise PlanError(
+            f"{plan}: the plan is to send token ids to a server with the whole model; there is nothing to cut"
+        )
+    return {
+        "split": None if chosen.mode == "device-only" else chosen.split,
+        "front_bits": chosen.front_bits,
+        "back_bits": chosen.back_bits,
+        "front_kv_bits": chosen.kv_bits,
+        "back_kv_bits": 32,
+        "max_length": read.context,
+    }
 
 
 def search(grid: Grid) -> PlanReport:
