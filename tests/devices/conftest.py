@@ -64,5 +64,3 @@ def real_groups() -> None:
             child.remove()
     except OSError as error:
         pytest.skip(f"may not make control groups: {error}")
-
-
