@@ -34,6 +34,7 @@ _READ_BYTES = 256e6
 _CACHE_BYTES = 32e6  # of keys and values of all layers
 _COPIES = 10  # of a chain's weights, while its graph is built and opened; the probe must fit as well
 _READS = 5
+_MOST_FIXED = 0.95  # of a call's time may be fixed cost: noise must not leave nothing for the rest
 
 
 def probe(
@@ -171,22 +172,24 @@ def _fastest(found: list[Processor], threads: int) -> Iterator[None]:
 def fit_decode(timings: list[Timing], call_s: float) -> tuple[float, dict[int, float]]:
     """Least squares of relative errors over ``seconds = call_s + count * op + bytes / rate[bits]``.
 
-    A cost of a kernel that comes out negative, for the noise of the rest, is held at zero.
+    A kernel's fixed cost is held between zero and `_MOST_FIXED` of any timing, which noise can make it leave.
 
     Returns:
         Seconds of a kernel, and bytes a second for each precision.
     """
-    seconds = np.array([timing.seconds - call_s for timing in timings])
+    seconds = np.array([timing.seconds - min(call_s, _MOST_FIXED * timing.seconds) for timing in timings])
     counts = np.array([float(timing.count) for timing in timings])
     columns = [np.array([timing.bytes if timing.bits == bits else 0.0 for timing in timings]) for bits in WEIGHT_BITS]
-    for with_op in (True, False):
-        scaled = np.stack([*columns, *([counts] if with_op else [])], axis=1) / seconds[:, None]
-        norms = np.linalg.norm(scaled, axis=0)
-        solved = np.linalg.lstsq(scaled / norms, np.ones(len(timings)), rcond=None)[0] / norms
-        op_s = float(solved[-1]) if with_op else 0.0
-        if op_s >= 0:
-            break
-    return op_s, {bits: float(1 / solved[index]) for index, bits in enumerate(WEIGHT_BITS)}
+    scaled = np.stack([counts, *columns], axis=1) / seconds[:, None]
+    norms = np.linalg.norm(scaled, axis=0)
+    solved = np.linalg.lstsq(scaled / norms, np.ones(len(timings)), rcond=None)[0] / norms
+    op_s = float(np.clip(solved[0], 0.0, _MOST_FIXED * np.min(seconds / counts)))
+    rest = 1 - counts * op_s / seconds
+    rates = {}
+    for bits, column in zip(WEIGHT_BITS, scaled.T[1:], strict=True):
+        # The inverse rate r of least squares of (bytes * r / seconds - rest).
+        rates[bits] = float(np.square(column).sum() / (column * rest).sum())
+    return op_s, rates
 
 
 def attention_rates(attention: Attention, fixed: float) -> tuple[float, float]:
@@ -201,12 +204,12 @@ def attention_rates(attention: Attention, fixed: float) -> tuple[float, float]:
     """
     lengths = np.array([CONTEXT // 8, CONTEXT // 4, CONTEXT // 2, CONTEXT])
     seconds = np.array([attention.seconds(DECODE_QUERIES, int(length)) for length in lengths])
-    relative = lengths / np.maximum(seconds - fixed, seconds / 2)
+    relative = lengths / (seconds - np.minimum(fixed, _MOST_FIXED * seconds))
     flops = attention.flops(PREFILL_ROWS, CONTEXT // 2)
     spent = attention.seconds(PREFILL_ROWS, CONTEXT // 2)
     # The inverse rate r of least squares of (length * r / seconds - 1).
     inverse = float(relative.sum() / np.square(relative).sum())
-    return attention.position_bytes / inverse, flops / max(spent - fixed, spent / 2)
+    return attention.position_bytes / inverse, flops / (spent - min(fixed, _MOST_FIXED * spent))
 
 
 def read_bandwidth(threads: int, size: float) -> float:
