@@ -44,9 +44,13 @@ def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> Ed
     from pathlib import Path
 
     from ..devices.budget import parse_megabytes
+    from ..devices.limits import enforce_memory_limit
     from ..runtime.edge.model import EdgeModel
     from ..runtime.wire.security import ChannelSecurity
 
+    limit_mb = parse_megabytes(args.memory_limit) if args.memory_limit else None
+    if limit_mb is not None:
+        enforce_memory_limit(limit_mb)
     return EdgeModel(
         args.bundle,
         server=args.server,
@@ -56,7 +60,7 @@ def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> Ed
         deadline_ms=deadline_ms,
         threads=args.threads,
         context=args.context,
-        memory_limit_mb=parse_megabytes(args.memory_limit) if args.memory_limit else None,
+        memory_limit_mb=limit_mb,
     )
 
 

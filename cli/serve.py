@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     import signal
 
     from ..devices.budget import parse_megabytes
+    from ..devices.limits import enforce_memory_limit
     from ..runtime.server.limits import ServerLimits
     from ..runtime.server.server import BackServer
     from ..runtime.wire.security import ServerSecurity
@@ -43,13 +44,16 @@ def run(args: argparse.Namespace) -> int:
     security = ServerSecurity(insecure=args.insecure, cert_file=args.tls_cert, key_file=args.tls_key)
     chosen = {"max_sessions": args.max_sessions, "lease_s": args.lease}
     limits = ServerLimits(**{name: value for name, value in chosen.items() if value is not None})
+    limit_mb = parse_megabytes(args.memory_limit) if args.memory_limit else None
+    if limit_mb is not None:
+        enforce_memory_limit(limit_mb)
     server = BackServer.from_bundle(
         args.bundle,
         args.listen,
         threads=args.threads,
         security=security,
         limits=limits,
-        memory_limit_mb=parse_megabytes(args.memory_limit) if args.memory_limit else None,
+        memory_limit_mb=limit_mb,
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

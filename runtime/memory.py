@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from ..devices.budget import MemoryEstimate, MemoryNeeds, StoredWeight, estimate_memory
-from ..devices.memory import process_memory
+from ..devices.memory import machine_memory, process_memory
 from .bundle import Bundle, TensorRecord
 
 CODEC_TABLES = ("klt.npz", "tabq-rans.npz")
@@ -41,6 +43,14 @@ def half_memory(bundle: Bundle, positions: int, *, chunk: int) -> MemoryEstimate
     return estimate_memory(needs, process_mb=(process_memory().resident_mb or 0.0) + LIBRARY_MB)
 
 
+def process_limit_mb(limit_mb: float | None) -> float:
+    """Most resident memory that this process may come to: what is given, or what the machine or its container has."""
+    if limit_mb is not None:
+        return limit_mb
+    available = machine_memory()
+    return math.inf if available is None else available.free_mb + (process_memory().resident_mb or 0.0)
+
+
 def check_session(bundle: Bundle, positions: int, *, chunk: int, limit_mb: float) -> None:
     """Refuse a bundle half that would not fit into this process with a session of so many positions.
 
@@ -60,7 +70,7 @@ def check_session(bundle: Bundle, positions: int, *, chunk: int, limit_mb: float
     estimate.check(limit_mb, remedy)
 
 
-def kv_budget(bundle: Bundle, *, chunk: int, limit_mb: float) -> int:
+def kv_budget(bundle: Bundle, *, chunk: int, limit_mb: float) -> float:
     """Bytes that all sessions' KV caches together may take of a server's memory.
 
     Raises:
@@ -70,7 +80,7 @@ def kv_budget(bundle: Bundle, *, chunk: int, limit_mb: float) -> int:
     check_session(bundle, longest, chunk=chunk, limit_mb=limit_mb)
     needs = half_memory(bundle, longest, chunk=chunk)
     one = bundle.kv.cache_bytes(bundle.manifest.half_layers(bundle.half), longest)
-    return one + int((limit_mb - needs.total_mb) * 1e6)
+    return one + (limit_mb - needs.total_mb) * 1e6
 
 
 def _longest(bundle: Bundle, positions: int, chunk: int, limit_mb: float) -> int:

@@ -15,7 +15,7 @@ from ...errors import RequestError
 from ...quant.codec import Codec
 from ..bundle import open_bundle
 from ..codecs import checked_level, default_codec, open_levels
-from ..memory import check_session
+from ..memory import check_session, process_limit_mb
 from ..sampling import Sampling
 from ..segments import Embedding, Head, LayerStack
 from ..text import StopStrings, Tokenizer
@@ -67,7 +67,8 @@ class EdgeModel:
                 to token, as the link and the server ask for; see `isthmus.runtime.edge.controller`.
             threads: of onnxruntime; by default the processors at hand, at most four.
             context: most positions of a generation, prompt included; by default all that the bundle was exported for.
-            memory_limit_mb: refuse what would take more resident memory at its peak, before anything is loaded.
+            memory_limit_mb: refuse what would take more resident memory at its peak, before anything is loaded; by
+                default what the machine, or the container, has free.
 
         Raises:
             BundleError: the folder is no intact device half.
@@ -91,8 +92,7 @@ class EdgeModel:
             raise RequestError(
                 f"context={context}: must lie between 2 and {manifest.max_length}, for which this bundle was exported"
             )
-        if memory_limit_mb is not None:
-            check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=memory_limit_mb)
+        check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=process_limit_mb(memory_limit_mb))
         self._levels = open_levels(bundle, codec or default_codec(bundle))
         self._level = checked_level(self._levels, level)
         self._deadline_ms = deadline_ms

@@ -15,7 +15,7 @@ import grpc
 from ...devices.backend import default_threads
 from ...errors import LinkError
 from ..bundle import open_bundle
-from ..memory import kv_budget
+from ..memory import kv_budget, process_limit_mb
 from ..wire.security import ServerSecurity
 from ..wire.transport import SERVER_OPTIONS, split_address
 from .compute import ComputeEngine, ComputeThread
@@ -78,8 +78,9 @@ class BackServer:
             listen: see the class.
             threads: of onnxruntime; by default the processors at hand, at most four.
             security: see the class.
-            limits: see the class; a memory limit lowers ``kv_bytes``.
-            memory_limit_mb: resident memory at the peak; what the weights leave of it goes to KV caches.
+            limits: see the class; too little memory lowers ``kv_bytes``.
+            memory_limit_mb: resident memory at the peak, by default what the machine or the container has free; what
+                the weights leave of it goes to KV caches.
 
         Raises:
             BundleError: the folder is no intact server half.
@@ -89,9 +90,8 @@ class BackServer:
 
         bundle = open_bundle(folder, "server")
         limits = limits if limits is not None else ServerLimits()
-        if memory_limit_mb is not None:
-            budget = kv_budget(bundle, chunk=limits.max_frame_tokens, limit_mb=memory_limit_mb)
-            limits = replace(limits, kv_bytes=min(limits.kv_bytes, budget))
+        budget = kv_budget(bundle, chunk=limits.max_frame_tokens, limit_mb=process_limit_mb(memory_limit_mb))
+        limits = replace(limits, kv_bytes=int(min(limits.kv_bytes, budget)))
         engine = BackEngine(bundle, default_threads() if threads is None else threads)
         return cls(engine, listen, security=security, limits=limits)
 

@@ -1,8 +1,11 @@
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
 from isthmus.cli.main import main
+from isthmus.devices.memory import MachineMemory
 from isthmus.errors import MemoryLimitError, RequestError
 from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.edge.generate import PREFILL_CHUNK
@@ -64,9 +67,21 @@ def test_a_server_gives_its_caches_what_the_weights_leave(tiny):
         BackServer.from_bundle(server.folder, memory_limit_mb=TIGHT_MB)
 
 
-def test_the_commands_refuse_with_the_table_and_without_a_traceback(tiny, capsys):
-    folder = str(tiny.bundle() / "device")
-    assert main(["generate", folder, "-p", "x", "--memory-limit", "20MB"]) == 1
-    assert "KV cache" in capsys.readouterr().err
-    assert main(["generate", folder, "-p", "x", "--memory-limit", "20"]) == 1
+def test_the_command_refuses_with_the_table_and_without_a_traceback(tiny):
+    # A process of its own: it holds itself to the limit.
+    command = [sys.executable, "-m", "isthmus.cli.main", "generate", str(tiny.bundle() / "device"), "-p", "x"]
+    refused = subprocess.run([*command, "--memory-limit", "90MB"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "KV cache" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_limit_without_a_unit_is_refused(tiny, capsys):
+    assert main(["generate", str(tiny.bundle() / "device"), "-p", "x", "--memory-limit", "20"]) == 1
     assert "must be a positive number with its unit" in capsys.readouterr().err
+
+
+def test_what_a_container_allows_is_the_limit_where_none_is_given(device, monkeypatch):
+    monkeypatch.setattr("isthmus.runtime.memory.machine_memory", lambda: MachineMemory(100.0, 1.0))
+    with pytest.raises(MemoryLimitError, match="needs"):
+        EdgeModel(device.folder)
