@@ -1,7 +1,7 @@
 """The memory ceiling: what a process will take at its peak, part by part, and whether that fits.
 
 The estimate is of resident memory: the process's own pages and the mapped files that it needs for every token. Its
-constants were measured on x86-64 Linux with CPython 3.11 and onnxruntime 1.32; ``benchmarks/memory_model.py`` holds
+constants were measured on x86-64 Linux with CPython 3.11 and onnxruntime 1.32; ``benchmarks/predictions.py`` holds
 them against measurements. 1 MB is 10^6 bytes.
 """
 

@@ -1,0 +1,213 @@
+"""The planner's choice against three fixed ones, predicted and measured, for eight pairs of a device and a link.
+
+    python benchmarks/plan_choices.py [--work FOLDER] [--json]
+
+The fixed choices: all layers on the device at 4 bits, half and half at 4 and 8 bits, all on the server at 8 bits by token
+ids. A device is this machine with one thread and the share of its time that makes 4-bit decoding as fast as the profile
+says, held by a control group; a link is `isthmus link`; the server is this machine with one thread on another core.
+What is predicted is predicted for these emulated devices. Nothing else should run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from isthmus.cli.progress import progress_bar
+from isthmus.devices.limits import limited
+from isthmus.devices.link import LinkProfile, link_profile
+from isthmus.devices.probe import probe
+from isthmus.devices.profile import DeviceProfile, load_profile
+from isthmus.export.accuracy import find_accuracy
+from isthmus.export.checkpoint import open_checkpoint
+from isthmus.export.export import export_bundle
+from isthmus.export.families import family_of
+from isthmus.export.grid import Grid, Limits
+from isthmus.export.plan import Candidate
+from isthmus.export.planner import search
+from isthmus.export.sources import resolve_model
+
+MODEL = "smollm2-135m-instruct"
+DEVICES = ("raspberry-pi-zero-2-w", "raspberry-pi-4", "raspberry-pi-5", "android-mid-range")
+LINKS = ("wifi", "lte")
+CONTEXT, PROMPT, NEW = 192, 64, 64
+MAX_DROP = 5.0
+CALIBRATION_TOKENS = 16384
+FIXED = {
+    "all on device": {"mode": "device-only", "front_bits": 4, "kv_bits": 32},
+    "half and half": {
+        "mode": "split",
+        "split": 15,
+        "front_bits": 4,
+        "back_bits": 8,
+        "kv_bits": 32,
+        "codec": "klt",
+        "level": 2,
+    },
+    "all on server": {"mode": "server-only", "back_bits": 8},
+}
+
+
+def emulated(device: DeviceProfile, host: DeviceProfile) -> tuple[DeviceProfile, float]:
+    """This machine slowed down to a device, with that device's memory; and the share of its time."""
+    share = min(1.0, device.decode_gb_s[4] / host.decode_gb_s[4])
+    slowed = replace(
+        host,
+        name=device.name,
+        free_mb=min(device.free_mb, host.total_mb),
+        bandwidth_gb_s=host.bandwidth_gb_s * share,
+        decode_gb_s={bits: rate * share for bits, rate in host.decode_gb_s.items()},
+        prefill_gflops={bits: rate * share for bits, rate in host.prefill_gflops.items()},
+        attention_gb_s=host.attention_gb_s * share,
+        attention_gflops=host.attention_gflops * share,
+        op_us=host.op_us / share,
+        call_us=host.call_us / share,
+    )
+    return slowed, share
+
+
+def bundle_of(root: Path, candidate: Candidate) -> Path:
+    """The bundle of a candidate, exported if it is missing."""
+    split = 0 if candidate.mode == "server-only" else candidate.split
+    folder = root / f"{split}-{candidate.front_bits}-{candidate.back_bits}-kv{candidate.kv_bits}"
+    if not folder.exists():
+        export_bundle(
+            MODEL,
+            folder,
+            split=None if candidate.mode == "device-only" else split,
+            front_bits=candidate.front_bits,
+            back_bits=candidate.back_bits,
+            front_kv_bits=candidate.kv_bits,
+            calibration_tokens=CALIBRATION_TOKENS,
+        )
+    return folder
+
+
+def measure(folder: Path, candidate: Candidate, link: LinkProfile, share: float) -> float:
+    """Mean ms per token after the first, on the emulated device over the emulated link."""
+    command = [sys.executable, "-m", "isthmus.cli.main"]
+    generate = [
+        *command,
+        "generate",
+        str(folder / "device"),
+        "--prompt-ids",
+        ",".join(map(str, range(100, 100 + PROMPT))),
+    ]
+    generate += ["-n", str(NEW), "--threads", "1", "--json"]
+    with ExitStack() as stack:
+        if candidate.mode != "device-only":
+            serve = [
+                "taskset",
+                "-c",
+                "1",
+                *command,
+                "serve",
+                str(folder / "server"),
+                "--listen",
+                "127.0.0.1:0",
+                "--threads",
+                "1",
+            ]
+            address = stack.enter_context(running(serve))
+            shape = ["--rtt", f"{link.rtt_ms}ms", "--jitter", f"{link.jitter_ms}ms", "--loss", f"{link.loss}"]
+            shape += ["--rate-up", f"{link.up_mbit_s}mbit", "--rate-down", f"{link.down_mbit_s}mbit"]
+            proxy = [*command, "link", "--listen", "127.0.0.1:0", "--connect", address, *shape]
+            generate += ["--server", stack.enter_context(running(proxy))]
+        if candidate.level >= 0:
+            generate += ["--codec", candidate.codec, "--level", str(candidate.level)]
+        elif candidate.mode == "split":
+            generate += ["--codec", candidate.codec]
+        limits = stack.enter_context(limited(cpus=1, cpu_time=share if share < 1 else None))
+        done = subprocess.run(generate, capture_output=True, text=True, check=False, preexec_fn=limits.enter)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return 1e3 / float(json.loads(done.stdout)["decode_tokens_per_s"])
+
+
+@contextmanager
+def running(command: list[str]) -> Iterator[str]:
+    """A server or proxy in a process of its own; its address."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        if process.stdout is None:
+            raise RuntimeError("no pipe")
+        line = process.stdout.readline()
+        yield next(word.strip("(),") for word in line.split() if word.startswith("127.0.0.1:"))
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def choices(grid: Grid) -> dict[str, Candidate | None]:
+    """The planner's choice and the fixed ones, None if a fixed one is not in the grid."""
+    candidates = grid.candidates()
+
+    def fixed(wanted: dict[str, Any]) -> Candidate | None:
+        return next((c for c in candidates if all(getattr(c, key) == value for key, value in wanted.items())), None)
+
+    return {"plan": search(grid).chosen} | {name: fixed(wanted) for name, wanted in FIXED.items()}
+
+
+def main() -> None:
+    """Plan, export, run and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="where bundles are kept (default: a temporary one)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args()
+    checkpoint = open_checkpoint(resolve_model(MODEL))
+    arch = family_of(checkpoint.config).architecture(checkpoint.config)
+    accuracy = find_accuracy(checkpoint.file_hashes())
+    if accuracy is None:
+        sys.exit(f"measure it first: isthmus eval {MODEL} --for-plan")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary, progress_bar() as progress:
+        root = args.work or Path(temporary)
+        root.mkdir(parents=True, exist_ok=True)
+        host = probe(threads=1, progress=progress)
+        pairs = [(device, link) for device in DEVICES for link in LINKS]
+        for index, (device, link) in enumerate(pairs):
+            progress(f"{device}, {link}", index, len(pairs))
+            machine, share = emulated(load_profile(device), host)
+            memory_mb = load_profile(device).free_mb
+            limits = Limits(memory_mb=memory_mb, context=CONTEXT, prompt_tokens=PROMPT, max_drop=MAX_DROP)
+            grid = Grid(arch, accuracy, machine, link_profile(link), host, limits, threads=1)
+            for name, candidate in choices(grid).items():
+                if candidate is None:
+                    continue
+                row = {"device": device, "link": link, "choice": name, "fits": grid.feasible(candidate)}
+                row |= {"share": share, "predicted_ms": candidate.ms_per_token} | candidate.to_dict()
+                if row["fits"]:
+                    folder = bundle_of(root, candidate)
+                    row["measured_ms"] = measure(folder, candidate, link_profile(link), share)
+                rows.append(row)
+    print(json.dumps(rows, indent=1) if args.json else table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """For people: a line a pair, predicted / measured ms per token of each choice."""
+    lines = []
+    for pair in dict.fromkeys((row["device"], row["link"]) for row in rows):
+        mine = {row["choice"]: row for row in rows if (row["device"], row["link"]) == pair}
+        chosen = mine["plan"]
+        bits = f"{chosen['front_bits']}/{chosen['back_bits']}"
+        codec = chosen["codec"] if chosen["level"] is None else f"{chosen['codec']} {chosen['level']}"
+        line = [*pair, f"{chosen['mode']}, {chosen['split']}, {bits}, {codec}"]
+        for name in ("plan", *FIXED):
+            row = mine[name]
+            line.append(f"{row['predicted_ms']:.1f} / {row['measured_ms']:.1f}" if row["fits"] else "breaks a limit")
+        lines.append(line)
+    return tabulate(lines, ["device", "link", "plan", "plan ms", *FIXED], disable_numparse=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Predicted against measured: peak memory, time per token and bytes per token, for twelve and more configurations.
+
+    python benchmarks/predictions.py [--work FOLDER] [--json]
+
+Probes this machine with one thread and with as many as it has, exports the bundles that are missing in the folder, and
+runs each configuration in a process of its own (and a server in another, over loopback and TLS): a prompt that fills
+the context but for the last tokens, which are timed. Predictions are those of `isthmus plan`. Nothing else should run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tabulate import tabulate
+
+from isthmus.cli.progress import progress_bar
+from isthmus.devices.backend import default_threads
+from isthmus.devices.link import link_profile
+from isthmus.devices.memory import process_memory
+from isthmus.devices.probe import probe
+from isthmus.devices.profile import DeviceProfile
+from isthmus.export.accuracy import find_accuracy
+from isthmus.export.checkpoint import open_checkpoint
+from isthmus.export.export import export_bundle
+from isthmus.export.families import family_of
+from isthmus.export.grid import Grid, Limits
+from isthmus.export.plan import Candidate
+from isthmus.export.sources import resolve_model
+from isthmus.runtime.edge.model import EdgeModel
+
+MODEL = "smollm2-135m-instruct"
+TIMED_TOKENS = 48
+LAYERS = 30
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is run. ``codec`` is ``none`` for a model that is wholly on the device."""
+
+    split: int
+    front_bits: int
+    back_bits: int
+    context: int
+    threads: int
+    codec: str = "none"
+    level: int = -1
+    kv_bits: int = 32
+
+    @property
+    def bundle(self) -> str:
+        """Name of the bundle's folder."""
+        return f"{self.split}-{self.front_bits}-{self.back_bits}-kv{self.kv_bits}"
+
+
+def configurations(threads: int) -> list[Configuration]:
+    """Device alone and split, over bits, contexts and threads."""
+    alone = [
+        Configuration(LAYERS, bits, bits, context, count)
+        for bits, context, count in ((4, 256, 1), (4, 1024, 1), (4, 1024, threads), (8, 512, 1), (8, 2048, threads))
+    ]
+    split = [
+        Configuration(split, front, back, context, 1, codec, level)
+        for split, front, back, context, codec, level in (
+            (5, 4, 8, 512, "tabq", 2),
+            (10, 4, 8, 256, "tabq", 2),
+            (10, 4, 8, 1024, "tabq", 2),
+            (10, 4, 8, 1024, "raw16", -1),
+            (10, 8, 8, 512, "tabq", 1),
+            (20, 4, 8, 512, "tabq", 2),
+            (20, 4, 8, 1024, "tabq", 3),
+            (25, 4, 4, 512, "raw16", -1),
+        )
+    ]
+    quantized = [Configuration(LAYERS, 4, 4, 1024, 1, kv_bits=8)]
+    return alone + quantized + split
+
+
+def predict(configuration: Configuration, machine: DeviceProfile) -> Candidate:
+    """The candidate of the planner's grid that is this configuration, on this machine at both ends of loopback."""
+    checkpoint = open_checkpoint(resolve_model(MODEL, offline=True))
+    arch = family_of(checkpoint.config).architecture(checkpoint.config)
+    accuracy = find_accuracy(checkpoint.file_hashes())
+    if accuracy is None:
+        sys.exit(f"measure it first: isthmus eval {MODEL} --for-plan")
+    limits = Limits(context=configuration.context, prompt_tokens=configuration.context - TIMED_TOKENS, max_drop=None)
+    mode = "device-only" if configuration.codec == "none" else "split"
+    grid = Grid(arch, accuracy, machine, link_profile("loopback"), machine, limits, modes=(mode,))
+    wanted = {
+        name: getattr(configuration, name) for name in ("split", "front_bits", "back_bits", "codec", "level", "kv_bits")
+    }
+    return next(c for c in grid.candidates() if all(getattr(c, name) == value for name, value in wanted.items()))
+
+
+def measure(folder: Path, configuration: Configuration) -> dict[str, float]:
+    """Run it: peak resident memory in MB, median ms and bytes up of the last tokens."""
+    command = [sys.executable, __file__, "--worker", str(folder), json.dumps(vars(configuration))]
+    with server_of(folder, configuration) as address:
+        done = subprocess.run([*command, address], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+@contextmanager
+def server_of(folder: Path, configuration: Configuration) -> Iterator[str]:
+    """A server for a split configuration; its address, empty if none is needed."""
+    if configuration.codec == "none":
+        yield ""
+        return
+    command = [sys.executable, "-m", "isthmus.cli.main", "serve", str(folder / "server"), "--listen", "127.0.0.1:0"]
+    process = subprocess.Popen([*command, "--threads", "1"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().split(" on ")[1].split()[0]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def work(folder: Path, configuration: Configuration, address: str) -> None:
+    """In a process of its own: generate and print what it took."""
+    split = configuration.codec != "none"
+    model = EdgeModel(
+        folder / "device",
+        server=address or None,
+        codec=configuration.codec if split else None,
+        level=configuration.level if configuration.level >= 0 else None,
+        threads=configuration.threads,
+        context=configuration.context,
+    )
+    prompt = [1 + 7 * index % 40000 for index in range(configuration.context - TIMED_TOKENS)]
+    stream = model.tokens(prompt, max_new_tokens=TIMED_TOKENS, end_tokens=())
+    try:
+        tokens = list(stream)[1:]
+    finally:
+        stream.close()
+    print(
+        json.dumps(
+            {
+                "memory_mb": process_memory().peak_resident_mb,
+                "ms_per_token": median(token.total_s for token in tokens) * 1e3,
+                "bytes_per_token": median(token.bytes_up for token in tokens),
+            }
+        )
+    )
+
+
+def main() -> None:
+    """Probe, export, run and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="where bundles are kept (default: a temporary one)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        folder, configuration, address = args.worker
+        work(Path(folder), Configuration(**json.loads(configuration)), address)
+        return
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    with tempfile.TemporaryDirectory() as temporary, progress_bar() as progress:
+        root = args.work or Path(temporary)
+        root.mkdir(parents=True, exist_ok=True)
+        chosen = configurations(default_threads())
+        for index, configuration in enumerate(chosen):
+            progress(f"export {configuration.bundle}", index, len(chosen))
+            if not (root / configuration.bundle).exists():
+                export_bundle(
+                    MODEL,
+                    root / configuration.bundle,
+                    split=None if configuration.split == LAYERS else configuration.split,
+                    front_bits=configuration.front_bits,
+                    back_bits=configuration.back_bits,
+                    front_kv_bits=configuration.kv_bits,
+                    calibration_tokens=0,
+                )
+        machines = {count: probe(threads=count, progress=progress) for count in {1, default_threads()}}
+        rows: list[dict[str, Any]] = []
+        for index, configuration in enumerate(chosen):
+            progress(f"run {configuration.bundle}", index, len(chosen))
+            predicted = predict(configuration, machines[configuration.threads])
+            row: dict[str, Any] = vars(configuration) | {"uncertainty": predicted.time_uncertainty}
+            for name, value in measure(root / configuration.bundle, configuration).items():
+                row |= {f"predicted_{name}": getattr(predicted, name), f"measured_{name}": value}
+            rows.append(row)
+    print(json.dumps(rows, indent=1) if args.json else table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """For people: predicted, measured and their ratio."""
+    lines = []
+    for row in rows:
+        codec = row["codec"] if row["level"] < 0 else f"{row['codec']} {row['level']}"
+        bits = f"{row['front_bits']}/{row['back_bits']}" + ("" if row["kv_bits"] == 32 else f", KV {row['kv_bits']}")
+        line = [row["split"], bits, codec, row["context"], row["threads"]]
+        for name, digits in (("memory_mb", 0), ("ms_per_token", 1), ("bytes_per_token", 0)):
+            predicted, measured = row[f"predicted_{name}"], row[f"measured_{name}"]
+            line += [
+                f"{predicted:.{digits}f} / {measured:.{digits}f}",
+                f"{predicted / measured:.2f}" if measured else "",
+            ]
+        lines.append(line)
+    headers = ["split", "bits", "codec", "context", "threads", "MB", "ratio", "ms/token", "ratio", "bytes", "ratio"]
+    return "predicted / measured\n" + tabulate(lines, headers, disable_numparse=True)
+
+
+if __name__ == "__main__":
+    main()
