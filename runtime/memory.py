@@ -60,7 +60,7 @@ def check_session(bundle: Bundle, positions: int, *, chunk: int, limit_mb: float
     estimate = half_memory(bundle, positions, chunk=chunk)
     if estimate.total_mb <= limit_mb:
         return
-    fitting = _longest(bundle, positions, chunk, limit_mb)
+    fitting = longest_context(bundle, chunk=chunk, limit_mb=limit_mb)
     if fitting:
         remedy = f"a context of {fitting} positions would fit"
     elif bundle.installed:
@@ -83,9 +83,9 @@ def kv_budget(bundle: Bundle, *, chunk: int, limit_mb: float) -> float:
     return one + (limit_mb - needs.total_mb) * 1e6
 
 
-def _longest(bundle: Bundle, positions: int, chunk: int, limit_mb: float) -> int:
-    """Most positions below ``positions`` that fit, 0 if none do."""
-    fits, too_many = 0, positions
+def longest_context(bundle: Bundle, *, chunk: int, limit_mb: float) -> int:
+    """Most positions, up to the bundle's, with which a half fits under a limit; 0 if none do."""
+    fits, too_many = 0, bundle.manifest.max_length + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         if half_memory(bundle, middle, chunk=chunk).total_mb <= limit_mb:

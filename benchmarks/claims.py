@@ -1,0 +1,116 @@
+"""What the split saves a server, and what one precision change saves a device: the paper's two claims, our numbers.
+
+    python benchmarks/claims.py [--work FOLDER] [--json]
+
+Server time per decoded token inside onnxruntime, a third of the layers being on the device, against the whole model on
+the server at the same bits; one thread, over loopback, in turn. And the longest context that fits under memory ceilings
+with a 4-bit front, with an 8-bit one and in float, by the estimate that the runtime checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from tabulate import tabulate
+
+from isthmus.cli.progress import progress_bar
+from isthmus.export.export import export_bundle
+from isthmus.runtime.bundle import open_bundle
+from isthmus.runtime.edge.bench import generate_exactly
+from isthmus.runtime.edge.generate import PREFILL_CHUNK
+from isthmus.runtime.edge.model import EdgeModel
+from isthmus.runtime.memory import longest_context
+from isthmus.runtime.server.server import BackServer
+from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
+
+MODEL = "smollm2-135m-instruct"
+PROMPT, NEW, ROUNDS = 64, 96, 5
+CEILINGS_MB = (180, 200, 250, 300)
+FRONTS = {"OPSC, split 10, 4 bits": (10, 4), "split 10, 8 bits": (10, 8), "split 10, float": (10, 32)}
+WHOLE = {"whole model, 4 bits": (None, 4), "whole model, float": (None, 32)}
+
+
+def server_ms(root: Path) -> dict[str, float]:
+    """Median ms per token inside the server's onnxruntime, by what the server runs."""
+    times: dict[str, list[float]] = {}
+    names = {"whole model": "0-8-8", "two thirds": "10-4-8"}
+    servers = {
+        name: BackServer.from_bundle(root / folder / "server", threads=1, security=ServerSecurity(insecure=True))
+        for name, folder in names.items()
+    }
+    for server in servers.values():
+        server.start()
+    try:
+        models = {
+            name: EdgeModel(
+                root / folder / "device",
+                server=servers[name].address,
+                security=ChannelSecurity(insecure=True),
+                codec="ids" if name == "whole model" else "raw16",
+                threads=1,
+            )
+            for name, folder in names.items()
+        }
+        for _ in range(ROUNDS):
+            for name, model in models.items():
+                _, tokens = generate_exactly(model, PROMPT, NEW)
+                times.setdefault(name, []).extend(token.report.onnxruntime_s * 1e3 for token in tokens[1:])
+    finally:
+        for server in servers.values():
+            server.stop()
+    return {name: median(values) for name, values in times.items()}
+
+
+def contexts(root: Path) -> list[list[object]]:
+    """A row a precision: the longest context under each ceiling."""
+    rows: list[list[object]] = []
+    for name, (split, bits) in (FRONTS | WHOLE).items():
+        bundle = open_bundle(root / f"{'all' if split is None else split}-{bits}-8" / "device", verify=False)
+        rows.append([name, *(longest_context(bundle, chunk=PREFILL_CHUNK, limit_mb=limit) for limit in CEILINGS_MB)])
+    return rows
+
+
+def main() -> None:
+    """Export what is missing, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="where bundles are kept (default: a temporary one)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary, progress_bar() as progress:
+        root = args.work or Path(temporary)
+        root.mkdir(parents=True, exist_ok=True)
+        wanted = {
+            f"{'all' if split is None else split}-{bits}-8": (split, bits, 8)
+            for split, bits in (FRONTS | WHOLE).values()
+        }
+        wanted["0-8-8"] = (0, 8, 8)
+        for index, (name, (split, front, back)) in enumerate(wanted.items()):
+            progress(f"export {name}", index, len(wanted))
+            if not (root / name).exists():
+                export_bundle(
+                    MODEL,
+                    root / name,
+                    split=split,
+                    front_bits=front,
+                    back_bits=back,
+                    calibration_tokens=0,
+                    max_length=8192,
+                )
+        progress("server", 0, 1)
+        served = server_ms(root)
+        rows = contexts(root)
+    if args.json:
+        print(json.dumps({"server_ms": served, "contexts": rows, "ceilings_mb": CEILINGS_MB}, indent=1))
+        return
+    ratio = served["whole model"] / served["two thirds"]
+    print(tabulate([*served.items(), ("ratio", ratio)], ["the server runs", "ms per token"], floatfmt=".2f"))
+    print("\nlongest context that fits (positions; 0: not even an empty one)\n")
+    print(tabulate(rows, ["device holds", *(f"{limit} MB" for limit in CEILINGS_MB)]))
+
+
+if __name__ == "__main__":
+    main()
