@@ -3,9 +3,9 @@
     python benchmarks/plan_choices.py [--work FOLDER] [--json]
 
 The fixed choices: all layers on the device at 4 bits, half and half at 4 and 8 bits, all on the server at 8 bits by
-token ids. A device is this machine with one thread and the share of its time that makes 4-bit decoding as fast as the profile
-says, held by a control group; a link is `isthmus link`; the server is this machine with one thread on another core.
-What is predicted is predicted for these emulated devices. Nothing else should run.
+token ids. A device is this machine with one thread and the share of its time that makes 4-bit decoding as fast as the
+profile says, held by a control group; a link is `isthmus link`; the server is this machine with one thread on another
+core. What is predicted is predicted for these emulated devices. Nothing else should run.
 """
 
 from __future__ import annotations
