@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print(_presets(as_json=args.json))
         return 0
+    if args.json:
+        raise LinkError("--json needs --list: the proxy itself prints one line")
     if args.connect is None:
         raise LinkError("no target: give its address with --connect HOST:PORT")
     if args.loop and args.trace is None:

@@ -104,11 +104,6 @@ class LinkProfile:
                 "half of the round trip"
             )
 
-    @property
-    def timeout_ms(self) -> float:
-        """TCP's retransmission timeout on this link: what one loss costs."""
-        return _LEAST_TIMEOUT_MS + self.rtt_ms
-
     def rate_mbit_s(self, *, up: bool) -> float:
         """The rate of one direction."""
         return self.up_mbit_s if up else self.down_mbit_s
@@ -121,7 +116,7 @@ class LinkProfile:
         """
         packets = max(1, math.ceil(bytes_ / SEGMENT_BYTES))
         moving = self.rtt_ms / 2 + 8e-3 * bytes_ / self.rate_mbit_s(up=up)
-        moving += (1 - (1 - self.loss) ** packets) * self.timeout_ms
+        moving += (1 - (1 - self.loss) ** packets) * retransmission_ms(self.rtt_ms)
         if self.stall is None or not self.stall.every_s:
             return moving
         # One that starts in a stall waits half of it on average; one that moves meets every_s's share of them.
@@ -131,6 +126,11 @@ class LinkProfile:
     def to_dict(self) -> dict[str, Any]:
         """The form that ``isthmus link --list --json`` prints; an infinite rate is null."""
         return {key: None if value == math.inf else value for key, value in asdict(self).items()}
+
+
+def retransmission_ms(rtt_ms: float) -> float:
+    """TCP's retransmission timeout at a round trip: what one loss costs."""
+    return _LEAST_TIMEOUT_MS + rtt_ms
 
 
 def link_profile(text: str) -> LinkProfile:

@@ -24,11 +24,12 @@ from typing import Self
 
 from ..errors import LinkError
 from .channel import Trace
-from .link import SEGMENT_BYTES, LinkProfile, parse_duration_s, parse_size_bytes
+from .link import SEGMENT_BYTES, LinkProfile, parse_duration_s, parse_size_bytes, retransmission_ms
 
 logger = logging.getLogger(__name__)
 
 Address = tuple[str, int]
+_Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]  # of one direction
 
 _MAX_CONNECTIONS = 256  # select, below, takes descriptors under 1024
 _CONNECT_TIMEOUT_S = 10.0
@@ -227,26 +228,31 @@ class LinkProxy:
         try:
             target_reader, target_writer = await self._open_target()
             writers.append(target_writer)
-            opened_s = self._now_s()
-            arrived_s = opened_s + 1.5e-3 * self._trace.rtt_ms_at(opened_s)  # the first bytes, after the handshake
-            up, down = _Way(True, arrived_s), _Way(False, arrived_s)
-            drop_s = self._drop.seconds if self._drop.seconds < math.inf else None
-            async with asyncio.timeout(drop_s), asyncio.TaskGroup() as group:
-                for way, source, sink in ((up, reader, target_writer), (down, target_reader, writer)):
-                    group.create_task(self._take(way, source))
-                    group.create_task(self._deliver(way, sink, (up, down)))
+            await self._carry((reader, target_writer), (target_reader, writer))
             for each in writers:
                 each.close()
         except* LinkError as errors:
             logger.error("%s; the client's connection was closed", errors.exceptions[0])
-        except* TimeoutError:
-            logger.info("connection dropped after %g s", self._drop.seconds)
         except* OSError as errors:
             logger.info("connection ended: %s", errors.exceptions[0])
         finally:
             for each in writers:
                 if not each.is_closing():
                     _reset(each)
+
+    async def _carry(self, up: _Ends, down: _Ends) -> None:
+        """Carry both directions until both have ended."""
+        opened_s = self._now_s()
+        arrived_s = opened_s + 1.5e-3 * self._trace.rtt_ms_at(opened_s)  # the first bytes, after the handshake
+        ways = _Way(True, arrived_s), _Way(False, arrived_s)
+        limit_s = self._drop.seconds if self._drop.seconds < math.inf else None
+        try:
+            async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
+                for way, (reader, writer) in zip(ways, (up, down), strict=True):
+                    group.create_task(self._take(way, reader))
+                    group.create_task(self._deliver(way, writer, ways))
+        except TimeoutError as error:  # ours; one of a socket comes in a group
+            raise ConnectionResetError(f"dropped after {limit_s:g} s") from error
 
     async def _take(self, way: _Way, reader: asyncio.StreamReader) -> None:
         """Read what is sent, and put it on its way."""
@@ -290,12 +296,10 @@ class LinkProxy:
         if link.stall is not None:
             start_s = link.stall.release(start_s)
         sent_s = self._free_s[up] = self._trace.sent_s(start_s, bytes_, up=up)
-        delay_ms = self._trace.rtt_ms_at(sent_s) / 2 + self._random.uniform(-link.jitter_ms, link.jitter_ms)
-        timeout_ms = link.timeout_ms
-        for _ in range(math.ceil(bytes_ / SEGMENT_BYTES) if link.loss else 0):
-            if self._random.random() < link.loss:
-                delay_ms += timeout_ms
-                break
+        rtt_ms = self._trace.rtt_ms_at(sent_s)
+        delay_ms = rtt_ms / 2 + self._random.uniform(-link.jitter_ms, link.jitter_ms)
+        if self._random.random() < 1 - (1 - link.loss) ** math.ceil(bytes_ / SEGMENT_BYTES):
+            delay_ms += retransmission_ms(rtt_ms)
         arrival_s = sent_s + max(0.0, delay_ms) / 1e3
         return arrival_s if link.stall is None else link.stall.release(arrival_s)
 

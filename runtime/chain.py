@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..devices.backend import default_threads
-from ..errors import BundleError, CodecError
+from ..errors import BundleError
 from ..quant.codec import Codec
 from .bundle import Bundle, open_bundle
-from .codecs import DEFAULT_LEVEL, open_codec
+from .codecs import checked_level, open_levels
 from .edge.generate import PREFILL_CHUNK
 from .segments import Embedding, Head, LayerStack, StackSession
 from .text import Tokenizer
@@ -118,24 +117,15 @@ class Chain:
         sweep = levels is None or len(names) * len(levels) > 1
         chosen = []
         for name in names:
-            available = self._levels(name)
-            wanted = available if levels is None or (sweep and not available) else levels
+            available = open_levels(self._bundle, name)
+            leveled = len(available) > 1
+            wanted: Sequence[int | None] = range(len(available)) if levels is None else levels
+            if not leveled and sweep:
+                wanted = (None,)
             for level in wanted or (None,):
-                codec = open_codec(self._bundle, name, level)
-                chosen.append(CodecChoice(name, DEFAULT_LEVEL if level is None and available else level, codec))
+                place = checked_level(available, level)
+                chosen.append(CodecChoice(name, place if leveled else None, available[place]))
         return chosen
-
-    def _levels(self, name: str) -> list[int]:
-        """Levels that a codec has: it refuses the first beyond them."""
-        open_codec(self._bundle, name)
-        levels: list[int] = []
-        for level in count():
-            try:
-                open_codec(self._bundle, name, level)
-            except CodecError:
-                break
-            levels.append(level)
-        return levels
 
     def _sessions(self) -> list[StackSession]:
         return [session for session in (self._front, self._back) if session is not None]

@@ -7,8 +7,9 @@ frames, of other levels, of one token and the next. One time that surprises is t
 second one in a row is a change of the link, which is then learned anew, as a change of rate rather than of delay.
 
 A level is held to take its predicted time and `MARGIN` mean deviations, like TCP's timeout (Jacobson 1988). Above the
-deadline the level goes down at once, as far as needed. It goes up only after a finer one was predicted to hold for
-`HOLD` tokens in a row, and if that soon proves wrong, it waits twice as long the next time: it does not oscillate.
+deadline the level goes down at once, as far as needed and as far as it helps. It goes up only after a finer one was
+predicted to hold for `HOLD` tokens in a row, and if that soon proves wrong, it waits twice as long the next time: it
+does not oscillate.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ MARGIN = 2.5  # mean deviations above the predicted time; two standard deviation
 HOLD = 16  # tokens
 _LONGEST_HOLD = 512
 _HEADROOM = 0.03  # of the deadline, that a finer level must leave besides
+_SAVING = 0.01  # of the deadline, that a coarser level must save if it does not keep it
 
 _SURPRISE = 4.0  # standard deviations
 _FIRST_DELAY_S, _FIRST_S_PER_BYTE = 1.0, 1e-4  # standard deviations before the first frame: 80 kbit/s
@@ -205,16 +207,16 @@ class Controller:
     def _choose(self) -> None:
         margin_s = MARGIN * self._residual.deviation_s
         times = [self.predicted_s(level) + margin_s for level in range(len(self._sizes))]
-        if times[self.level] > self.deadline_s:
+        # Where no level keeps the deadline, one that saves hardly anything is not worth its errors.
+        allowed_s = max(self.deadline_s, times[-1] + _SAVING * self.deadline_s)
+        if times[self.level] > allowed_s:
             self._held = 0
-            coarser = range(self.level + 1, len(times))
-            level = next((level for level in coarser if times[level] <= self.deadline_s), len(times) - 1)
-            if level != self.level:
-                early = self._finer_at is not None and self._tokens - self._finer_at < 2 * self._hold
-                self._hold = min(2 * self._hold, _LONGEST_HOLD) if early else HOLD
-                self._change(level, times[self.level])
+            early = self._finer_at is not None and self._tokens - self._finer_at < 2 * self._hold
+            self._hold = min(2 * self._hold, _LONGEST_HOLD) if early else HOLD
+            level = next(level for level in range(self.level + 1, len(times)) if times[level] <= allowed_s)
+            self._change(level, times[self.level])
             return
-        room_s = (1 - _HEADROOM) * self.deadline_s
+        room_s = max((1 - _HEADROOM) * self.deadline_s, times[-1] + _SAVING / 2 * self.deadline_s)
         finer = [
             level
             for level in range(self.level)

@@ -92,6 +92,7 @@ def test_the_presets_are_listed_as_a_table_and_as_json(link):
         (["--connect", "127.0.0.1:1", "--stall", "3s"], "stall '3s': must be AT,FOR"),
         (["--connect", "127.0.0.1:1", "--drop-after", "20"], "drop after '20'"),
         (["--connect", "127.0.0.1:1", "--trace", "none.csv"], "trace none.csv: cannot be read"),
+        (["--connect", "127.0.0.1:1", "--json"], "--json needs --list"),
         (["--connect", "127.0.0.1:1", "--loop"], "--loop needs --trace"),
         (["--connect", "127.0.0.1:1", "--trace", "t", "--rtt", "1ms"], "--trace with --rtt"),
     ],

@@ -107,10 +107,13 @@ def test_one_hiccup_changes_nothing():
     assert run.controller.link.delay_s == pytest.approx(before[1], abs=0.005)
 
 
-def test_a_deadline_that_no_level_keeps_means_the_coarsest():
-    run = Run([(100, 200, 10)], deadline_ms=100)
-    assert run.levels[0][-50:] == [len(SIZES) - 1] * 50
-    assert all(run.late[0])
+def test_where_no_level_keeps_the_deadline_the_coarsest_is_used_if_it_helps():
+    slow = Run([(100, 90, 0.1)], deadline_ms=80)
+    assert slow.levels[0][-50:] == [len(SIZES) - 1] * 50
+    far = Run([(100, 200, 10)], deadline_ms=100, level=6)
+    assert far.levels[0][-50:] == [0] * 50
+    assert all(slow.late[0])
+    assert all(far.late[0])
 
 
 def test_a_slow_server_counts_as_well():
