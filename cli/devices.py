@@ -110,8 +110,8 @@ def _probe(args: argparse.Namespace) -> int:
 
     if args.server and not args.bundle:
         raise RequestError("--server needs --bundle: a server answers only to the other half of its bundle")
-    if args.threads is not None and args.threads < 1:
-        raise RequestError(f"--threads {args.threads}: must be at least 1")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise RequestError(f"--output {args.output}: there is no such folder; make it first")
     bundle = open_bundle(args.bundle, "device") if args.bundle else None
     stem = Path(args.output).stem.lower() if args.output else "this-machine"
     name = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in stem)

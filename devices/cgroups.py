@@ -118,6 +118,11 @@ class ChildGroup:
                 return folder
         raise refused
 
+    def also(self, controller: str) -> None:
+        """Have another controller of version 2 in the same group: there a process is in one group for all of them."""
+        if controller not in _words(self.folder / "cgroup.controllers"):
+            (self.folder.parent / "cgroup.subtree_control").write_text(f"+{controller}")
+
     def limit_memory(self, limit: int) -> None:
         """Set the most bytes that its processes keep in memory together, none of them swapped out."""
         (self.folder / _LIMIT[self.version]).write_text(str(limit))

@@ -121,8 +121,7 @@ def limited(
                 memory = RLIMIT
         if cpu_time is not None:
             try:
-                groups.append(_time_group(cpu_time, mount, membership))
-                time = f"cgroup v{groups[-1].version}"
+                time = f"cgroup v{_limit_time(cpu_time, groups, mount, membership)}"
             except OSError as error:
                 missing.append(f"the share of processor time is not held: no control group for it ({_reason(error)})")
         chosen = None
@@ -243,14 +242,21 @@ def _memory_group(limit_mb: float, mount: Path, membership: Path) -> cgroups.Chi
     return group
 
 
-def _time_group(cpus: float, mount: Path, membership: Path) -> cgroups.ChildGroup:
-    group = cgroups.ChildGroup(_own("cpu", mount, membership))
+def _limit_time(cpus: float, groups: list[cgroups.ChildGroup], mount: Path, membership: Path) -> int:
+    """Limit time in the memory's group if that can have it, else in one of its own, added to ``groups``."""
+    own = _own("cpu", mount, membership)
+    if own.version == 2 and groups and groups[0].version == 2:
+        groups[0].also("cpu")
+        groups[0].limit_time(cpus)
+        return 2
+    group = cgroups.ChildGroup(own)
     try:
         group.limit_time(cpus)
     except OSError:
         group.remove()
         raise
-    return group
+    groups.append(group)
+    return own.version
 
 
 def _own(controller: str, mount: Path, membership: Path) -> cgroups.Group:

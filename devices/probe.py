@@ -16,6 +16,7 @@ from time import perf_counter
 import numpy as np
 import onnxruntime as ort
 
+from ..errors import ProfileError, RequestError
 from .backend import default_threads
 from .cores import Processor, cores_by_kind, processors
 from .kernels import DECODE_QUERIES, Attention, ModelShape, product_chain, time_products
@@ -53,12 +54,16 @@ def probe(
         progress: called before each measurement.
 
     Raises:
-        ProfileError: what was measured contradicts itself, as on a machine that was suspended meanwhile.
+        RequestError: ``threads`` are fewer than one or more than there are processors.
+        ProfileError: the system does not tell how much memory it has, or what was measured contradicts itself, as on a
+            machine that was suspended meanwhile.
     """
     shape = shape or ModelShape()
     found = processors()
-    threads = threads or min(default_threads(), len(found))
-    memory = machine_memory() or MachineMemory(total_mb=4000.0, free_mb=2000.0)
+    threads = min(default_threads(), len(found)) if threads is None else threads
+    if not 1 <= threads <= len(found):
+        raise RequestError(f"threads={threads}: must lie between 1 and {len(found)}, the processors that are for us")
+    memory, memory_sources = _memory()
     budget = min(_WEIGHT_BYTES, memory.free_mb * 1e6 / _COPIES)
     steps = _Steps(progress, 1 + 3 * len(WEIGHT_BITS) + 1 + (threads - 1) + 1 + 1)
 
@@ -68,11 +73,12 @@ def probe(
     timings: list[Timing] = []
     prefill: dict[int, float] = {}
     for bits in WEIGHT_BITS:
-        for widths in ((shape.d_model, shape.d_model), (shape.d_model, shape.d_ff)):
+        large = _fitting((shape.d_model, shape.d_ff), bits, budget, shape.block_size)
+        for widths in (_fitting((shape.d_model, shape.d_model), bits, budget, shape.block_size), large):
             with steps(f"decode, {bits} bits"):
                 timings.append(_decode(bits, widths, budget, shape.block_size, threads, found))
         with steps(f"prefill, {bits} bits"):
-            chain = product_chain(bits, (shape.d_model, shape.d_ff), min(_PREFILL_BYTES, budget), shape.block_size)
+            chain = product_chain(bits, large, min(_PREFILL_BYTES, budget), shape.block_size)
             with _fastest(found, threads):
                 prefill[bits] = PREFILL_ROWS * chain.flops / time_products(chain, PREFILL_ROWS, threads)
     with steps("call of a graph"):
@@ -81,11 +87,11 @@ def probe(
     op_s, decode = fit_decode(timings, call_s)
 
     speeds = [0.0] * threads
-    largest = (shape.d_model, shape.d_ff)
-    speeds[-1] = next(t.bytes / t.seconds for t in timings if t.bits == 4 and t.widths == largest)
+    four_bit = [timing for timing in timings if timing.bits == 4][-1]
+    speeds[-1] = four_bit.bytes / four_bit.seconds
     for count in range(1, threads):
         with steps(f"decode, {count} of {threads} threads"):
-            timing = _decode(4, largest, budget, shape.block_size, count, found)
+            timing = _decode(4, four_bit.widths, budget, shape.block_size, count, found)
             speeds[count - 1] = timing.bytes / timing.seconds
 
     with steps("attention"), _fastest(found, threads):
@@ -116,8 +122,38 @@ def probe(
         link=None,
         idle_w=None,
         busy_w=None,
-        sources=_sources(shape, threads, bandwidth, decode, timings),
+        sources=memory_sources | _sources(shape, threads, bandwidth, decode, timings),
     )
+
+
+def _memory() -> tuple[MachineMemory, dict[str, str]]:
+    """The machine's memory, and where the figures come from."""
+    memory = machine_memory()
+    if memory is not None:
+        return memory, {
+            "memory.total_mb": "probed: of the machine, or the limit of its container",
+            "memory.free_mb": "probed: available to programs at that moment, limits of containers respected",
+        }
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except (AttributeError, ValueError, OSError):
+        raise ProfileError(
+            "this system does not tell how much memory it has: copy a similar device's profile and change its figures"
+        ) from None
+    return MachineMemory(total, total / 2), {
+        "memory.total_mb": "probed: of the machine",
+        "memory.free_mb": "derived: half of all; this system does not tell what is available",
+    }
+
+
+def _fitting(widths: tuple[int, int], bits: int, budget: float, block_size: int) -> tuple[int, int]:
+    """Widths of a pair of products that fits the budget: a large model's are made smaller, in proportion."""
+    pair = 2 * widths[0] * widths[1] * (bits / 8 + (4 / block_size if bits < 32 else 0))
+    scale = min(1.0, (budget / pair) ** 0.5)
+    if scale == 1.0:
+        return widths
+    first, second = (max(block_size, int(width * scale) // block_size * block_size) for width in widths)
+    return first, second
 
 
 class _Steps:
@@ -242,23 +278,25 @@ def _sources(
     shape: ModelShape, threads: int, bandwidth: float, decode: dict[int, float], timings: list[Timing]
 ) -> dict[str, str]:
     what = f"onnxruntime {ort.__version__}, {threads} threads"
-    chains = f"{what}, chains of {shape.d_model} × {shape.d_model} and {shape.d_model} × {shape.d_ff} products"
-    sizes = {timing.bits: max(other.bytes for other in timings if other.bits == timing.bits) for timing in timings}
     heads = f"{shape.heads} query and {shape.kv_heads} key heads of {shape.head_dim}"
+
+    def chains(bits: int) -> str:
+        small, large = (timing for timing in timings if timing.bits == bits)
+        products = " and ".join(f"{timing.widths[0]} × {timing.widths[1]}" for timing in (small, large))
+        return f"{what}, chains of {products} products, {large.bytes / 1e6:.0f} MB of weights, one row"
+
     return {
-        "memory.total_mb": "probed: of the machine, or the limit of its container",
-        "memory.free_mb": "probed: available to programs at that moment, limits of containers respected",
         "memory.bandwidth_gb_s": "probed: sequential reads by one thread for each processor",
         "cores": "probed: as the system describes them",
         **{
-            f"compute.decode_gb_s.{bits}": f"probed: {chains}, {sizes[bits] / 1e6:.0f} MB of weights, one row"
+            f"compute.decode_gb_s.{bits}": f"probed: {chains(bits)}"
             + (", partly from the cache if no other program disturbed the reads" if rate > bandwidth else "")
             for bits, rate in decode.items()
         },
-        "compute.prefill_gflops": f"probed: {what}, {shape.d_model} × {shape.d_ff} products of {PREFILL_ROWS} rows",
+        "compute.prefill_gflops": f"probed: {what}, the larger products with {PREFILL_ROWS} rows",
         "compute.attention_gb_s": f"probed: {what}, {heads}, fit over {CONTEXT // 8} to {CONTEXT} positions",
         "compute.attention_gflops": f"probed: {what}, {heads}, {PREFILL_ROWS} queries that end at {CONTEXT // 2}",
-        "compute.op_us": f"probed: fit over {chains}",
+        "compute.op_us": "probed: fit over all chains of one row",
         "compute.call_us": f"probed: {what}, a call of a graph whose products are too small to count",
         "compute.thread_scaling": f"probed: {what}, 4-bit products, on the fastest cores first",
     }

@@ -85,7 +85,9 @@ def test_probe_says_that_other_programs_disturb_it(quick: None, monkeypatch, cap
     ("arguments", "message"),
     [
         (["--server", "127.0.0.1:7070"], "--server needs --bundle"),
-        (["--threads", "0"], "--threads 0: must be at least 1"),
+        (["--threads", "0"], "threads=0: must lie between 1 and"),
+        (["--threads", "1000000"], "threads=1000000: must lie between 1 and"),
+        (["-o", "/nowhere/p.toml"], "--output /nowhere/p.toml: there is no such folder"),
         (["--bundle", "/nowhere"], "/nowhere"),
     ],
 )
@@ -95,7 +97,8 @@ def test_probe_refuses_bad_arguments_before_it_measures(arguments: list[str], me
 
 
 def test_a_profile_that_cannot_be_written_is_one_line(quick: None, tmp_path: Path, capsys) -> None:
-    assert main(["devices", "probe", "--threads", "1", "-o", str(tmp_path / "absent" / "p.toml")]) == 1
+    (tmp_path / "p.toml").mkdir()
+    assert main(["devices", "probe", "--threads", "1", "-o", str(tmp_path / "p.toml")]) == 1
     assert "cannot write the device profile" in capsys.readouterr().err
 
 

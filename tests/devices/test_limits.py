@@ -129,6 +129,25 @@ def test_a_limit_that_the_kernel_refuses_leaves_no_group_behind(fake_groups, mon
 
 
 @on_linux
+def test_version_2_holds_memory_and_time_in_one_group_for_a_process_is_in_one_only(fake_groups) -> None:
+    fake_groups.v2(handed_down="memory")
+    with limited(200, cpu_time=0.5, **fake_groups.paths) as limits:
+        assert (limits.memory, limits.time) == ("cgroup v2", "cgroup v2")
+        (group,) = limits._groups
+        assert (group.folder / "memory.max").read_text() == "200000000"
+        assert (group.folder / "cpu.max").read_text() == "5000 10000"
+        assert "+cpu" in (group.folder.parent / "cgroup.subtree_control").read_text()
+
+
+@on_linux
+def test_version_1_needs_a_group_for_each(fake_groups) -> None:
+    fake_groups.v1()
+    with limited(200, cpu_time=0.5, **fake_groups.paths) as limits:
+        assert (limits.memory, limits.time) == ("cgroup v1", "cgroup v1")
+        assert [group.folder.parent.parent.name for group in limits._groups] == ["memory", "cpu,cpuacct"]
+
+
+@on_linux
 def test_processors_are_held_by_affinity(capfd: pytest.CaptureFixture[str]) -> None:
     program = "import os; print(len(os.sched_getaffinity(0)))"
     run_limited([sys.executable, "-c", program], cpus=1)

@@ -11,6 +11,7 @@ from isthmus.devices import probe as module
 from isthmus.devices.kernels import ModelShape
 from isthmus.devices.probe import Timing, attention_rates, fit_decode, probe, read_bandwidth
 from isthmus.devices.profile import WEIGHT_BITS, load_profile, write_profile
+from isthmus.errors import ProfileError
 
 RATES = {2: 5e9, 4: 16e9, 8: 19e9, 32: 25e9}
 CALL_S = 5e-6
@@ -103,3 +104,27 @@ def test_every_thread_count_is_timed_on_the_fastest_processors(quick: None, monk
     assert {5} in pinned
     assert {5, 6} in pinned
     assert pinned[-1] == {5, 6, 1}
+
+
+@pytest.mark.parametrize(("bits", "block_size"), [(4, 32), (32, 32), (8, 128)])
+def test_a_large_model_s_products_are_made_to_fit(bits: int, block_size: int) -> None:
+    budget = 48e6
+    first, second = module._fitting((4096, 14336), bits, budget, block_size)
+    chain = kernels.product_chain(bits, (first, second), 1, block_size)
+    assert 0.8 * budget < chain.weight_bytes <= budget
+    assert second / first == pytest.approx(14336 / 4096, rel=0.1)
+    assert module._fitting((576, 1536), bits, budget, block_size) == (576, 1536)
+
+
+def test_where_the_kernel_does_not_tell_half_of_all_memory_counts_as_free(quick: None, monkeypatch) -> None:
+    monkeypatch.setattr(module, "machine_memory", lambda: None)
+    profile = probe(shape=ModelShape(d_model=64, d_ff=96, heads=4, kv_heads=2, head_dim=16), threads=1)
+    assert profile.free_mb == pytest.approx(profile.total_mb / 2, abs=0.1)
+    assert profile.source("memory.free_mb").startswith("derived: half")
+
+
+def test_a_system_that_tells_nothing_of_its_memory_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "machine_memory", lambda: None)
+    monkeypatch.delattr(module.os, "sysconf", raising=False)
+    with pytest.raises(ProfileError, match="does not tell how much memory"):
+        probe()
