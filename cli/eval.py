@@ -91,13 +91,13 @@ def _check_options(args: argparse.Namespace) -> None:
     """Refuse what would have no effect."""
     from ..errors import RequestError
 
-    of_bundles = ("back", "reference", "codec", "level", "plot", "journal", "threads", "window")
     if args.for_plan:
-        mode, others = "--for-plan", ("task", "data", "labels", "limit", *of_bundles)
+        mode, others = "--for-plan", ["task", "data", "labels", "limit", "back", "reference", "codec", "level"]
+        others += ["plot", "journal", "threads", "window"]
     elif args.text:
-        mode, others = "--text", ("data", "labels", "limit")
+        mode, others = "--text", ["data", "labels", "limit"]
     elif args.task:
-        mode, others = "--task", ("tokens",)
+        mode, others = "--task", ["tokens"]
     else:
         raise RequestError("nothing to measure: give --text FILE, --task NAME or --for-plan")
     for name in others:
@@ -135,17 +135,27 @@ def _for_plan(args: argparse.Namespace) -> int:
 
 
 def _accuracy_table(table: AccuracyTable, path: Path) -> str:
+    from itertools import groupby, pairwise
+
     from tabulate import tabulate
 
     from ..export.accuracy import drop_percent
 
-    parts = [("int8 activations", "", table.activations)]
-    for what, rows in (("weights", table.weights), ("KV cache", table.kv)):
-        parts += [(f"{what} of all layers", str(bits), sum(row)) for bits, row in sorted(rows.items()) if bits < 32]
-    for what, figures in (("embedding", table.embed), ("head", table.head)):
-        parts += [(what, str(bits), kl) for bits, kl in sorted(figures.items()) if bits < 32]
-    first = [[what, bits, f"{kl:.5f}", f"{drop_percent(kl):.2f} %"] for what, bits, kl in parts]
-    second = [
+    rows = [(what, bits, row) for what in ("weights", "kv") for bits, row in sorted(getattr(table, what).items())]
+    # Layers that were measured together have the same figures.
+    groups = groupby(range(table.layers), key=lambda layer: [row[layer] for _, _, row in rows])
+    starts = [*(next(group) for _, group in groups), table.layers]
+    spans = [slice(first, last) for first, last in pairwise(starts)]
+    layers = [
+        [what, bits, *(f"{sum(row[span]):.5f}" for span in spans), f"{sum(row):.5f}", f"{drop_percent(sum(row)):.2f} %"]
+        for what, bits, row in rows
+        if bits < 32
+    ]
+    others: list[tuple[str, int | None, float]] = [("int8 activations", None, table.activations)]
+    others += [("embedding", bits, kl) for bits, kl in sorted(table.embed.items()) if bits < 32]
+    others += [("head", bits, kl) for bits, kl in sorted(table.head.items()) if bits < 32]
+    order = table.codec_levels()
+    codecs = [
         [
             point.codec if point.level is None else f"{point.codec} {point.level}",
             point.split,
@@ -154,13 +164,23 @@ def _accuracy_table(table: AccuracyTable, path: Path) -> str:
             _number(point.kl, point.kl_se, 5),
             f"{drop_percent(point.kl):.2f} %",
         ]
-        for point in sorted(table.codecs, key=lambda point: table.codec_levels().index((point.codec, point.level)))
+        for point in sorted(table.codecs, key=lambda point: order.index((point.codec, point.level)))
     ]
-    return (
-        f"{tabulate(first, ['part', 'bits', 'KL', 'perplexity'], disable_numparse=True)}\n\n"
-        f"{tabulate(second, ['codec', 'split', 'bits', 'decode', 'KL', 'perplexity'], disable_numparse=True)}\n\n"
-        f"{table.model}: {table.tokens} tokens, {table.text}; KL in nats per token that a part adds\n"
-        f"written to {path}"
+    tables = [
+        (layers, ["layers", "bits", *(f"{span.start}–{span.stop - 1}" for span in spans), "all", "perplexity"]),
+        (
+            [[what, bits, f"{kl:.5f}", f"{drop_percent(kl):.2f} %"] for what, bits, kl in others],
+            ["part", "bits", "KL", "perplexity"],
+        ),
+        (codecs, ["codec", "split", "bits/element", "decoding", "KL", "perplexity"]),
+    ]
+    shown = (tabulate(content, headers, disable_numparse=True) for content, headers in tables)
+    return "\n\n".join(
+        [
+            *shown,
+            f"{table.model}: {table.tokens} tokens, {table.text}; KL in nats per token that a part adds to the float "
+            f"model's\nwritten to {path}",
+        ]
     )
 
 
