@@ -4,6 +4,9 @@ DIR is OUT/device; a split bundle needs --back OUT/server as well. Both run in t
 them. --text reports perplexity, and KL divergence and top-1 agreement against a reference: the float model that the
 bundle was made from, or what --reference names. --task reports the accuracy of a multiple-choice task of
 lm-evaluation-harness over a file of yours. A killed evaluation goes on where it was when it is started again.
+
+With --for-plan the argument is a checkpoint instead (folder, .gguf file, catalog name or hub id; of a bundle, the one
+that it was made from): the accuracy table that `isthmus plan` reads is measured, once per model, and kept.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..export.accuracy import AccuracyTable
     from ..runtime.chain import Chain, CodecChoice
     from ..runtime.evaluate import Progress, Reference, TextResult
     from ..runtime.harness import TaskResult
@@ -25,22 +29,25 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", metavar="DIR", help="OUT/device")
+    parser.add_argument(
+        "bundle", metavar="DIR", help="OUT/device; with --for-plan a model as `isthmus export` takes it"
+    )
     parser.add_argument("--back", metavar="DIR", help="OUT/server; needed if the model is split")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", metavar="FILE", help="UTF-8 text to predict")
+    parser.add_argument("--for-plan", action="store_true", help="measure the accuracy table that `isthmus plan` reads")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--text", metavar="FILE", help="UTF-8 text to predict (--for-plan: default what the model wrote)")
     what.add_argument("--task", metavar="NAME", help="hellaswag, piqa, arc_easy, boolq or openbookqa")
     parser.add_argument("--data", metavar="FILE", help="the task's items, see docs/eval.md; may be .bz2 or .gz")
     parser.add_argument("--labels", metavar="FILE", help="of piqa (default: the *-labels*.lst beside its data)")
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N items (default: all)")
-    parser.add_argument("--tokens", type=int, metavar="N", help="read that many tokens (default: the whole text)")
-    parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens in a window (default 512)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="read so many tokens (default: all; --for-plan: 2048)")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens in a window (default 512)")
     parser.add_argument(
         "--reference",
         metavar="MODEL|DIR",
         help="a checkpoint as `isthmus export` takes it, or a bundle (default: the bundle's checkpoint; a task: none)",
     )
-    parser.add_argument("--codec", default="tabq", metavar="NAME[,NAME]", help="raw32, raw16, tabq, klt (default tabq)")
+    parser.add_argument("--codec", metavar="NAME[,NAME]", help="raw32, raw16, tabq, klt (default tabq)")
     parser.add_argument("--level", metavar="N[,N]|all", help="of the codec, from 0, the finest (default 2)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what is kept over what is sent: .png or .svg")
     parser.add_argument(
@@ -61,9 +68,11 @@ def run(args: argparse.Namespace) -> int:
     from .plot import check_plot, plot_task, plot_text
     from .progress import progress_bar
 
-    names = _names(args.codec)
-    levels = _levels(args.level)
     _check_options(args)
+    if args.for_plan:
+        return _for_plan(args)
+    names = _names("tabq" if args.codec is None else args.codec)
+    levels = _levels(args.level)
     chain = Chain.open(args.bundle, args.back, threads=args.threads)
     if args.plot:
         check_plot(args.plot, device_only=chain.manifest.device_only)
@@ -82,7 +91,15 @@ def _check_options(args: argparse.Namespace) -> None:
     """Refuse what would have no effect."""
     from ..errors import RequestError
 
-    mode, others = ("--text", ("data", "labels", "limit")) if args.text else ("--task", ("tokens",))
+    if args.for_plan:
+        mode, others = "--for-plan", ["task", "data", "labels", "limit", "back", "reference", "codec", "level"]
+        others += ["plot", "journal", "threads", "window"]
+    elif args.text:
+        mode, others = "--text", ["data", "labels", "limit"]
+    elif args.task:
+        mode, others = "--task", ["tokens"]
+    else:
+        raise RequestError("nothing to measure: give --text FILE, --task NAME or --for-plan")
     for name in others:
         if getattr(args, name) is not None:
             raise RequestError(f"--{name} has no meaning with {mode}; leave it out")
@@ -90,15 +107,94 @@ def _check_options(args: argparse.Namespace) -> None:
         raise RequestError(f"--task {args.task}: the items come from a file; give it with --data")
 
 
+def _for_plan(args: argparse.Namespace) -> int:
+    """Measure an accuracy table, and print where it lies and what it says."""
+    from ..export.accuracy import accuracy_path
+    from ..export.accuracy_measurement import TOKENS, measure_accuracy
+    from ..export.reference import find_source
+    from ..runtime.bundle import open_bundle
+    from ..runtime.evaluate import is_bundle
+    from .progress import progress_bar
+
+    model = args.bundle
+    with progress_bar() as progress:
+        if is_bundle(model):
+            root = Path(model) / "device"
+            manifest = open_bundle(root if root.is_dir() else model, "device").manifest
+            model = str(find_source(manifest.source, cache=args.cache, progress=progress))
+        table = measure_accuracy(
+            model,
+            text=args.text,
+            tokens=TOKENS if args.tokens is None else args.tokens,
+            cache=args.cache,
+            progress=progress,
+        )
+    path = accuracy_path(table.hashes, args.cache)
+    print(json.dumps(json.loads(table.to_json()) | {"path": str(path)}) if args.json else _accuracy_table(table, path))
+    return 0
+
+
+def _accuracy_table(table: AccuracyTable, path: Path) -> str:
+    from itertools import groupby, pairwise
+
+    from tabulate import tabulate
+
+    from ..export.accuracy import drop_percent
+
+    rows = [(what, bits, row) for what in ("weights", "kv") for bits, row in sorted(getattr(table, what).items())]
+    # Layers that were measured together have the same figures.
+    groups = groupby(range(table.layers), key=lambda layer: [row[layer] for _, _, row in rows])
+    starts = [*(next(group) for _, group in groups), table.layers]
+    spans = [slice(first, last) for first, last in pairwise(starts)]
+    layers = [
+        [what, bits, *(f"{sum(row[span]):.5f}" for span in spans), f"{sum(row):.5f}", f"{drop_percent(sum(row)):.2f} %"]
+        for what, bits, row in rows
+        if bits < 32
+    ]
+    others: list[tuple[str, int | None, float]] = [("int8 activations", None, table.activations)]
+    others += [("embedding", bits, kl) for bits, kl in sorted(table.embed.items()) if bits < 32]
+    others += [("head", bits, kl) for bits, kl in sorted(table.head.items()) if bits < 32]
+    order = table.codec_levels()
+    codecs = [
+        [
+            point.codec if point.level is None else f"{point.codec} {point.level}",
+            point.split,
+            f"{point.bits:.2f}",
+            f"{point.decode_bits:.2f}",
+            _number(point.kl, point.kl_se, 5),
+            f"{drop_percent(point.kl):.2f} %",
+        ]
+        for point in sorted(table.codecs, key=lambda point: order.index((point.codec, point.level)))
+    ]
+    tables = [
+        (layers, ["layers", "bits", *(f"{span.start}–{span.stop - 1}" for span in spans), "all", "perplexity"]),
+        (
+            [[what, bits, f"{kl:.5f}", f"{drop_percent(kl):.2f} %"] for what, bits, kl in others],
+            ["part", "bits", "KL", "perplexity"],
+        ),
+        (codecs, ["codec", "split", "bits/element", "decoding", "KL", "perplexity"]),
+    ]
+    shown = (tabulate(content, headers, disable_numparse=True) for content, headers in tables)
+    return "\n\n".join(
+        [
+            *shown,
+            f"{table.model}: {table.tokens} tokens, {table.text}; KL in nats per token that a part adds to the float "
+            f"model's\nwritten to {path}",
+        ]
+    )
+
+
 def _text(
     args: argparse.Namespace, chain: Chain, codecs: Sequence[CodecChoice], progress: Progress
 ) -> tuple[list[dict[str, Any]], str]:
-    from ..runtime.evaluate import evaluate_text, read_text, text_subject, text_windows
+    from ..runtime.evaluate import DEFAULT_WINDOW, evaluate_text, read_text, text_subject, text_windows
 
     text, converted = read_text(args.text)
     if converted:
         print(f"isthmus: {args.text}: {converted} CRLF line ends read as LF", file=sys.stderr)
-    windows = text_windows(chain.tokenizer, text, window=args.window, tokens=args.tokens)
+    windows = text_windows(
+        chain.tokenizer, text, window=DEFAULT_WINDOW if args.window is None else args.window, tokens=args.tokens
+    )
     with ExitStack() as opened:
         reference = _reference(args, chain, windows, progress, opened)
         journal = _journal(args, text_subject(chain, windows, codecs, reference))

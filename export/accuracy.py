@@ -29,6 +29,7 @@ from ..quant.opsc import WEIGHT_BITS
 from .catalog import cache_root
 
 SCHEMA = 1
+TABLE_BITS = 8, 16, 32  # of embedding and head; an export gives them fewer only if told to
 ADDITIVITY = 0.25  # relative standard error of a sum of parts, beside what each part's measurement is uncertain by
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,8 @@ class AccuracyTable:
             packed weight is multiplied with; half of the layers have half of it.
         weights: by bits, the KL that each layer's weights add to that.
         weights_se: by bits, the relative standard error of their sum.
-        embed: by bits, the embedding's KL.
-        head: by bits, the head's.
+        embed: by bits from 8 on, the embedding's KL.
+        head: by bits from 8 on, the head's.
         kv: by bits, the KL of each layer's KV cache.
         codecs: levels from fine to coarse at some splits, the same at each.
 
@@ -108,7 +109,7 @@ class AccuracyTable:
                 f"accuracy table of {self.layers} layers, {self.tokens} tokens and {len(self.hashes)} files: all must "
                 "be at least 1; measure it again"
             )
-        for name, wanted in (("weights", WEIGHT_BITS), ("embed", WEIGHT_BITS), ("head", WEIGHT_BITS), ("kv", KV_BITS)):
+        for name, wanted in (("weights", WEIGHT_BITS), ("embed", TABLE_BITS), ("head", TABLE_BITS), ("kv", KV_BITS)):
             found = getattr(self, name)
             if set(found) != set(wanted):
                 raise AccuracyError(

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ from tokenizers import Tokenizer
 
 from .._version import __version__
 from ..errors import AccuracyError
-from ..quant.opsc import WEIGHT_BITS, Recipe
+from ..quant.opsc import Recipe
 from ..runtime.bundle import Architecture
-from .accuracy import AccuracyTable, CodecPoint, accuracy_path, write_whole
+from .accuracy import TABLE_BITS, AccuracyTable, CodecPoint, accuracy_path, write_whole
 from .accuracy_codecs import CodecBench
 from .calibration import CALIBRATION_TOKENS, WINDOW, self_written_windows
 from .checkpoint import Checkpoint, open_checkpoint
@@ -108,8 +109,8 @@ def measure_accuracy(
         count = -(-tokens // len(written[0]))
         if count > len(written) // 2:
             raise AccuracyError(
-                f"tokens={tokens}: at most {len(written) // 2 * len(written[0])} of what the model wrote itself, the rest "
-                "calibrates; choose fewer or give --text"
+                f"tokens={tokens}: at most {len(written) // 2 * len(written[0])} of what the model wrote itself, the "
+                "rest calibrates; choose fewer or give --text"
             )
         written, windows = written[:-count], written[-count:]
         windows[-1] = windows[-1][: tokens - (count - 1) * len(windows[-1])]
@@ -190,7 +191,7 @@ class _Measurement:
         self._progress = progress
         self._layers = layers = reference.arch.layers
         cuts = np.unique(np.linspace(0, layers, min(GROUPS, layers) + 1).round().astype(int)).tolist()
-        self.groups = [range(*span) for span in zip(cuts, cuts[1:], strict=False)]
+        self.groups = [range(*span) for span in pairwise(cuts)]
         self.splits = sorted({min(max(round(share * layers), 1), layers - 1) for share in SPLITS})
         self._kept: dict[int, Variant] = {}
         self._kv: dict[int, FloatModel] = {}
@@ -211,14 +212,14 @@ class _Measurement:
         return _summaries(self._divergences(variants, self._layers))
 
     def _embed(self) -> Result:
-        variants = {str(bits): [self._model(bits).embed(ids) for ids in self._windows] for bits in WEIGHT_BITS[:-1]}
+        variants = {str(bits): [self._model(bits).embed(ids) for ids in self._windows] for bits in TABLE_BITS[:-1]}
         return _summaries(self._divergences(variants, 0))
 
     def _head(self) -> Result:
         final = np.concatenate(self._states(self._layers))
         results = {}
-        for bits in WEIGHT_BITS[:-1]:
-            self._progress(f"head at {bits} bits", WEIGHT_BITS.index(bits), len(WEIGHT_BITS) - 1)
+        for bits in TABLE_BITS[:-1]:
+            self._progress(f"head at {bits} bits", TABLE_BITS.index(bits), len(TABLE_BITS) - 1)
             results[str(bits)] = _divergences(self._float, self._model(bits), final, [final])[0]
         return _summaries(results)
 

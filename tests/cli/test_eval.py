@@ -246,3 +246,94 @@ def test_a_picture_needs_matplotlib_and_a_link(
     assert "sends nothing" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'isthmus[eval]'" in evaluate("--plot", "curve.png")[2]
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the measurement was asked for; it takes no time."""
+    from isthmus.export import accuracy_measurement
+    from isthmus.export.accuracy import AccuracyTable, CodecPoint
+
+    asked: list[dict[str, Any]] = []
+
+    def measure(model: str, **options: Any) -> AccuracyTable:
+        asked.append({"model": model} | options)
+        rows = {bits: (1 / bits,) * 4 for bits in (2, 4, 8, 16, 32)}
+        return AccuracyTable(
+            model="tiny",
+            hashes={"model.safetensors": "aa"},
+            layers=4,
+            tokens=options["tokens"],
+            text="a text",
+            activations=0.01,
+            weights=rows,
+            weights_se=dict.fromkeys(rows, 0.1),
+            embed={8: 0.001, 16: 0.0, 32: 0.0},
+            head={8: 0.002, 16: 0.0, 32: 0.0},
+            kv={bits: rows[bits] for bits in (4, 8, 32)},
+            codecs=(CodecPoint(2, "raw32", None, 32, 32, 0, 0), CodecPoint(2, "klt", 1, 2.5, 2.75, 0.02, 0.001)),
+        )
+
+    monkeypatch.setattr(accuracy_measurement, "measure_accuracy", measure)
+    return asked
+
+
+def test_for_plan_prints_the_table_and_where_it_lies(
+    planned: list[dict[str, Any]], tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny.checkpoint("llama"))
+    command = ["eval", model, "--for-plan", "--cache", str(tmp_path)]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert Path(result["path"]).parent == tmp_path / "accuracy"
+    assert (result["layers"], result["activations"], result["codecs"][1]["bits"]) == (4, 0.01, 2.5)
+    assert main([*command, "--text", "some.txt", "--tokens", "512"]) == 0
+    out = capsys.readouterr().out
+    assert result["path"] in out.splitlines()[-1]
+    assert ["klt", "1", "2", "2.50", "2.75", "0.02000", "±", "0.00100", "2.02", "%"] in [
+        line.split() for line in out.splitlines()
+    ]
+    assert ["weights", "4", "1.00000", "1.00000", "171.83", "%"] in [line.split() for line in out.splitlines()]
+    assert out.split()[:5] == ["layers", "bits", "0–3", "all", "perplexity"]
+    assert [asked["tokens"] for asked in planned] == [2048, 512]
+    assert [asked["text"] for asked in planned] == [None, "some.txt"]
+    assert {asked["model"] for asked in planned} == {model}
+
+
+def test_for_plan_of_a_bundle_takes_its_checkpoint(
+    planned: list[dict[str, Any]], tiny: Any, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from isthmus.export import reference
+
+    bundle = tiny.bundle("llama", split=2)
+    for folder in (bundle, bundle / "device"):
+        assert main(["eval", str(folder), "--for-plan", "--cache", str(tmp_path)]) == 1
+        assert "no reference: this bundle was made from checkpoint-llama" in capsys.readouterr().err
+    monkeypatch.setattr(reference, "find_source", lambda source, **options: tmp_path / source.name)
+    assert main(["eval", str(bundle), "--for-plan", "--cache", str(tmp_path)]) == 0
+    assert [asked["model"] for asked in planned] == [str(tmp_path / "checkpoint-llama")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "nothing to measure: give --text FILE, --task NAME or --for-plan"),
+        (("--for-plan", "--task", "piqa"), "--task has no meaning with --for-plan"),
+        (("--for-plan", "--codec", "klt"), "--codec has no meaning with --for-plan"),
+        (("--for-plan", "--window", "9"), "--window has no meaning with --for-plan"),
+        (("--for-plan", "--tokens", "9"), "tokens=9: must be at least 256"),
+        (("--for-plan", "--text", "missing.txt"), "missing.txt: No such file"),
+    ],
+)
+def test_bad_input_of_for_plan_is_one_line(
+    tiny: Any, tmp_path: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(tiny.checkpoint("llama")), *options, "--cache", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err.splitlines()[-1]
+
+
+def test_for_plan_of_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "nowhere", "--for-plan"]) == 1
+    assert "not in the catalog" in capsys.readouterr().err
