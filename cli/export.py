@@ -1,7 +1,7 @@
 """Quantize a model, cut it in two and write a bundle.
 
 MODEL is a folder with safetensors, a .gguf file, a catalog name (see `isthmus pull`) or a hub id. OUT/device
-goes to the device, OUT/server to the server; neither ever holds the other's layers.
+goes to the device, OUT/server to the server; neither holds the other's layers, unless the device is to have them all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ WEIGHTS_HELP = (
     "does"
 )
 KV_BITS = (4, 8, 32)
+DEVICE_LAYERS = ("front", "all")
 
 
 def _split(text: str) -> int | None:
@@ -37,6 +38,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="N|all",
         help="layers on the device; `all` keeps every layer there",
+    )
+    parser.add_argument(
+        "--device-layers",
+        choices=DEVICE_LAYERS,
+        default="front",
+        help="`all` copies the server's layers to the device, which can then begin alone, hand over to the server, and "
+        "go on if that is lost (default front)",
     )
     parser.add_argument("--front-bits", type=int, choices=WEIGHT_BITS, default=4, help="device layers (default 4)")
     parser.add_argument("--back-bits", type=int, choices=WEIGHT_BITS, default=8, help="server layers (default 8)")
@@ -96,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             args.output,
             split=args.split,
+            device_layers=args.device_layers,
             front_bits=args.front_bits,
             back_bits=args.back_bits,
             embed_bits=args.embed_bits,

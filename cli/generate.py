@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..runtime.edge.handover import HandOver
     from ..runtime.edge.model import EdgeModel
     from ..runtime.edge.stream import Generation
 
@@ -67,6 +68,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    parser.add_argument(
+        "--hand-over-at",
+        type=int,
+        metavar="W",
+        help="begin on the device alone and move to the server in the middle of token W, the prompt's counted; for a "
+        "bundle exported with --device-layers all",
+    )
+    parser.add_argument(
+        "--send",
+        choices=("kv", "hidden"),
+        help="what the server gets then: its layers' KV cache, or the hidden states at the split, usually much less "
+        "(default hidden)",
+    )
     add_server_options(parser)
 
 
@@ -75,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     from ..runtime.sampling import Sampling
     from .main import INTERRUPTED
 
-    prompt = _prompt(args)
+    prompt, hand_over = _prompt(args), _hand_over(args)
     sampling = Sampling(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -85,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     model = open_model(args)
-    stream = model.stream(prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop)
+    stream = model.stream(
+        prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop, hand_over=hand_over
+    )
     interrupted = False
     try:
         for piece in stream:
@@ -102,6 +118,17 @@ def run(args: argparse.Namespace) -> int:
         print()
         print(_summary(result), file=sys.stderr)
     return INTERRUPTED if interrupted else 0
+
+
+def _hand_over(args: argparse.Namespace) -> HandOver | None:
+    from ..errors import RequestError
+    from ..runtime.edge.handover import HandOver
+
+    if args.hand_over_at is not None:
+        return HandOver(args.hand_over_at, args.send or "hidden")
+    if args.send:
+        raise RequestError(f"--send {args.send} needs --hand-over-at: without it nothing is handed over")
+    return None
 
 
 def _prompt(args: argparse.Namespace) -> str | list[int] | list[dict[str, str]]:
@@ -132,4 +159,9 @@ def _summary(result: Generation) -> str:
         if result.new_tokens > 1:
             line += f", {result.decode_bytes_up / (result.new_tokens - 1):.0f} per new one"
         line += f"; {result.round_trips} round trips"
+    for move in result.moves:
+        if move.to == "server":
+            line += f"; handed over at token {move.token}: {move.bytes_up} bytes ({move.send}), {move.seconds:.2f} s"
+        else:
+            line += f"; back on the device at token {move.token}, {move.positions} run again in {move.seconds:.2f} s"
     return line + "]"

@@ -90,7 +90,7 @@ def test_generate_json_has_every_documented_field(tiny, environment):
         result = generate(environment, folder / "device", "--server", address, *trust, "--codec", "tabq")
     assert result.keys() >= {
         *("text", "token_ids", "prompt_tokens", "new_tokens", "finish_reason", "ttft_ms", "decode_tokens_per_s"),
-        *("bytes_up", "prefill_bytes_up", "decode_bytes_up", "bytes_down", "round_trips", "codec", "tokens"),
+        *("bytes_up", "prefill_bytes_up", "decode_bytes_up", "bytes_down", "round_trips", "codec", "tokens", "moves"),
     }
     assert result["codec"] == "tabq"
     assert result["prompt_tokens"] == len(PROMPT)

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any, Self
 
 from ..text import Detokenizer, StopStrings, Tokenizer
-from .generate import Back, Token
+from .generate import Back, Move, Token
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Generation:
         decode_tokens_per_s: of the tokens after the first.
         bytes_up: bytes sent, prompt included.
         codec: what the hidden states were sent in; ``none`` if the device runs the whole model.
+        moves: of a session that went from the device to the server, or back.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Generation:
     round_trips: int
     codec: str
     tokens: list[Token] = field(repr=False)
+    moves: tuple[Move, ...] = ()
 
     @property
     def new_tokens(self) -> int:
@@ -58,6 +60,7 @@ class Generation:
         result["tokens"] = [
             {"id": t.id, "source": t.source, "layers": t.layers, "bytes_up": t.bytes_up} for t in self.tokens
         ]
+        result["moves"] = [move._asdict() for move in self.moves]
         return result
 
 
@@ -84,6 +87,11 @@ class TokenStream:
     def round_trips(self) -> int:
         """Times that the device waited for the server."""
         return self._back.round_trips
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """Where the session went, so far."""
+        return tuple(self._back.moves)
 
     def close(self, *, cancel: bool = False) -> None:
         """End the session, here and on the server; with ``cancel`` drop the steps on their way. Safe to call twice."""
@@ -162,4 +170,5 @@ class TextStream:
             round_trips=self._tokens.round_trips,
             codec=self._tokens.codec,
             tokens=self._done,
+            moves=self._tokens.moves,
         )
