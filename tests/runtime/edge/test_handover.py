@@ -186,6 +186,48 @@ def test_the_cache_after_a_hand_over_is_the_one_that_prefill_makes(
     assert np.array_equal(*caches)
 
 
+@pytest.mark.parametrize("send", ["kv", "hidden"])
+def test_two_precisions_and_a_head_of_its_own_move_as_well(
+    tiny: Any, serve: Callable[..., BackServer], send: str
+) -> None:
+    options = {"front_bits": 4, "back_bits": 8, "embed_bits": 16, "head_bits": 8}
+    mixed = tiny.bundle("llama-untied", split=2, device_layers="all", **options)
+    expected = run(device(mixed, None), SAMPLED).token_ids
+    result = run(device(mixed, serve(mixed).address), SAMPLED, len(PROMPT) + 7, send)
+    assert result.token_ids == expected
+    assert sources(result) == "l" * 7 + "s" * (NEW - 7)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("at", [None, 1, len(PROMPT) + 2, len(PROMPT) + 5, 500])
+def test_a_step_that_rolls_back_does_so_wherever_the_session_is(
+    folder: Path, server: BackServer, undisturbed: Callable[..., list[int]], at: int | None, lost: bool
+) -> None:
+    model = device(folder, server.address)
+    front = model._stack.session(len(PROMPT) + NEW)
+    back = model._back(None if at is None else HandOver(at, "kv"))
+    back.open(len(PROMPT) + NEW, SAMPLED, PROMPT)
+    tokens: list[int] = []
+
+    def advance(count: int) -> None:
+        for _ in range(count):
+            ids, position = tokens[-1:] or PROMPT, front.cache.length
+            report = back.step(front.forward(model._embedding.rows(ids)), position, ids, sample=True)
+            assert report.token is not None
+            tokens.append(report.token)
+
+    advance(10)
+    front.cache.truncate(len(PROMPT) + 2)
+    del tokens[3:]
+    advance(3)
+    if lost:
+        server.stop(0)
+    advance(NEW - 6)
+    back.close()
+    assert tokens == undisturbed(SAMPLED)
+    assert back.source == ("local" if lost or at == 500 else "server")
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("codec", ["raw32", "raw16"])
 def test_a_quantized_cache_is_sent_as_its_codes(
