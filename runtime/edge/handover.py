@@ -22,7 +22,7 @@ from ...errors import LinkError, RequestError
 from ..back import BackEngine, BackSession
 from ..bundle import Manifest
 from ..sampling import Sampling
-from .generate import PREFILL_CHUNK, Move, StepReport, total
+from .generate import PREFILL_CHUNK, Move, StepReport, Token, total
 
 if TYPE_CHECKING:  # gRPC loads only where a server is used
     from .link import RemoteBack
@@ -31,27 +31,34 @@ logger = logging.getLogger(__name__)
 
 Send = Literal["kv", "hidden"]
 
+LATE_TOKENS = 2  # in a row, until a deadline counts as missed: one may be a hiccup
 REATTACH_ATTEMPTS = 4  # about a second on a link that refuses at once: the device need not wait, it can go on alone
 
 
 @dataclass(frozen=True)
 class HandOver:
-    """When a session moves to the server, and what it takes along.
+    """When a session moves to the server, and what it takes along. Whichever comes first of the two times counts.
 
     Attributes:
         at: number of the token in the middle of which it moves, counted from 1 over prompt and generated ones.
         send: ``kv``, keys and values of the server's layers, or ``hidden``, the hidden states at the split.
+        deadline_s: it moves once the device has taken longer for `LATE_TOKENS` tokens in a row, the first aside.
 
     Raises:
-        RequestError: a value out of its bounds.
+        RequestError: a value out of its bounds, or neither time.
     """
 
-    at: int
+    at: int | None = None
     send: Send = "hidden"
+    deadline_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.at < 1:
+        if self.at is None and self.deadline_s is None:
+            raise RequestError("a hand-over at no time: give the token or a deadline")
+        if self.at is not None and self.at < 1:
             raise RequestError(f"hand-over at token {self.at}: must be at least 1, the first token of the prompt")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise RequestError(f"hand-over by a deadline of {self.deadline_s} s: must be positive")
         if self.send not in get_args(Send):
             raise RequestError(f"hand-over of {self.send!r}: must be one of {', '.join(get_args(Send))}")
 
@@ -186,8 +193,8 @@ class MovingBack:
         end = position + len(hidden)
         if self._there:
             reports = self._run_there(position, end, sample=sample)
-        elif self._plan is not None and self._plan.at <= end:
-            reports = self._hand_over(self._plan, max(position, self._plan.at - 1), end, sample=sample)
+        elif self._plan is not None and self._plan.at is not None and self._plan.at <= end:
+            reports = self._hand_over(self._plan.send, max(position, self._plan.at - 1), end, sample=sample)
         else:
             reports = self._run_here(end, sample=sample)
         report = total(reports)
@@ -195,6 +202,18 @@ class MovingBack:
         if self._there and report.token is not None:
             self._chosen_there.append((end, report.token))
         return report
+
+    def watched(self, tokens: Iterator[Token]) -> Iterator[Token]:
+        """The tokens of this session; where the plan has a deadline, they tell when it is missed."""
+        late = 0
+        for index, token in enumerate(tokens):
+            plan = self._plan
+            if plan is not None and plan.deadline_s is not None:
+                late = late + 1 if index and token.total_s > plan.deadline_s else 0
+                if late == LATE_TOKENS:
+                    logger.info("%.3f s a token on the device, the deadline is %g s", token.total_s, plan.deadline_s)
+                    self._plan = HandOver(len(self._ids) + 1, plan.send)
+            yield token
 
     def close(self, *, cancel: bool = False) -> None:
         """End the session on both sides."""
@@ -233,7 +252,7 @@ class MovingBack:
         self.moves.append(Move("local", first + 1, "", unseen, lost.bytes_up, perf_counter() - started))
         return [lost, *reports]
 
-    def _hand_over(self, plan: HandOver, first: int, end: int, *, sample: bool) -> list[StepReport]:
+    def _hand_over(self, send: Send, first: int, end: int, *, sample: bool) -> list[StepReport]:
         """Move to the server, which goes on at position ``first``; stay here for good if that fails."""
         self._plan = None
         before = self._run_here(first, sample=False)
@@ -241,15 +260,15 @@ class MovingBack:
         history = self._own.history if self._penalised else ()
         try:
             self._remote.open(self._max_tokens, self._sampling, history)
-            rows = self._send_rows(first) if plan.send == "kv" else []
-            reports = self._send_hidden(first if plan.send == "kv" else 0, end, sample=sample)
+            rows = self._send_rows(first) if send == "kv" else []
+            reports = self._send_hidden(first if send == "kv" else 0, end, sample=sample)
         except LinkError as error:
             logger.warning("%s; the hand-over at token %d failed, the device goes on alone", error, first + 1)
             lost = self._left(0, started)
             return [*before, lost, *self._run_here(end, sample=sample)]
         self._there = True
         seconds = perf_counter() - started
-        self.moves.append(Move("server", first + 1, plan.send, first, self._remote.bytes_up, seconds))
+        self.moves.append(Move("server", first + 1, send, first, self._remote.bytes_up, seconds))
         return [*before, *rows, *reports]
 
     def _send_rows(self, end: int) -> list[StepReport]:

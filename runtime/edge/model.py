@@ -178,6 +178,8 @@ class EdgeModel:
             max_new_tokens=max_new_tokens,
             end_tokens=self.manifest.end_tokens if end_tokens is None else end_tokens,
         )
+        if isinstance(back, MovingBack):
+            tokens = back.watched(tokens)
         codec = self._codec.name if self._server else "none"
         return TokenStream(tokens, back, prompt_tokens=len(ids), codec=codec, started=started)
 

@@ -187,6 +187,25 @@ def test_the_cache_after_a_hand_over_is_the_one_that_prefill_makes(
 
 
 @pytest.mark.parametrize("send", ["kv", "hidden"])
+def test_tokens_that_are_late_twice_move_the_session(
+    folder: Path, server: BackServer, undisturbed: Callable[..., list[int]], send: Any
+) -> None:
+    model = device(folder, server.address)
+
+    def moved(deadline_s: float, at: int | None = None) -> tuple[str, list[int]]:
+        plan = HandOver(at, send, deadline_s)
+        result = model.generate(PROMPT, max_new_tokens=NEW, hand_over=plan)
+        assert result.token_ids == undisturbed(SAMPLINGS[0])
+        return sources(result), [move.token for move in result.moves]
+
+    # The first token does not count; the second and the third are late.
+    assert moved(1e-9) == ("lll" + "s" * (NEW - 3), [len(PROMPT) + 3])
+    assert moved(1e9) == ("l" * NEW, [])
+    assert moved(1e-9, at=5) == ("s" * NEW, [5])
+    assert moved(1e9, at=len(PROMPT) + 6)[1] == [len(PROMPT) + 6]
+
+
+@pytest.mark.parametrize("send", ["kv", "hidden"])
 def test_two_precisions_and_a_head_of_its_own_move_as_well(
     tiny: Any, serve: Callable[..., BackServer], send: str
 ) -> None:
@@ -426,6 +445,17 @@ def test_a_hand_over_needs_a_server_and_a_whole_bundle(tiny: Any, folder: Path) 
 def test_a_hand_over_before_the_first_token_is_refused(at: int) -> None:
     with pytest.raises(RequestError, match=f"token {at}: must be at least 1"):
         HandOver(at)
+
+
+@pytest.mark.parametrize("deadline", [0.0, -1.0, float("nan")])
+def test_a_deadline_that_is_not_positive_is_refused(deadline: float) -> None:
+    with pytest.raises(RequestError, match="must be positive"):
+        HandOver(deadline_s=deadline)
+
+
+def test_a_hand_over_at_no_time_is_refused() -> None:
+    with pytest.raises(RequestError, match="give the token or a deadline"):
+        HandOver(send="kv")
 
 
 def test_an_unknown_way_of_sending_is_refused() -> None:
