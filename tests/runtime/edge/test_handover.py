@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from isthmus.errors import BundleError, RequestError
-from isthmus.runtime.back import BackEngine
+from isthmus.errors import BundleError, LinkError, RequestError
+from isthmus.runtime.back import BackEngine, BackSession
 from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.edge.handover import HandOver
+from isthmus.runtime.edge.link import RemoteBack
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.server import BackServer
+from isthmus.runtime.wire import isthmus_pb2 as pb
+from isthmus.runtime.wire.stream import ClientStream
 
 PROMPT = list(range(40, 60))
 NEW = 24
@@ -32,7 +35,7 @@ def folder(tiny: Any) -> Path:
 
 
 @pytest.fixture
-def serve(user_config: Path, tiny: Any) -> Iterator[Callable[..., BackServer]]:
+def serve(user_config: Path) -> Iterator[Callable[..., BackServer]]:
     """Start servers of a bundle's server half; keyword arguments are limits."""
     servers = []
 
@@ -174,8 +177,6 @@ def test_a_hand_over_at_any_token_changes_no_token(
 def test_the_cache_after_a_hand_over_is_the_one_that_prefill_makes(
     folder: Path, server: BackServer, monkeypatch: pytest.MonkeyPatch, send: str
 ) -> None:
-    from isthmus.runtime.back import BackSession
-
     caches = []
     close = BackSession.close
     monkeypatch.setattr(
@@ -281,8 +282,6 @@ def test_a_transfer_is_cut_into_frames_that_the_server_takes(
     monkeypatch: pytest.MonkeyPatch,
     send: str,
 ) -> None:
-    from isthmus.runtime.wire.stream import ClientStream
-
     sent: list[int] = []
     original = ClientStream.send
     monkeypatch.setattr(
@@ -306,8 +305,6 @@ def test_a_link_that_breaks_in_the_transfer_loses_and_repeats_nothing(
     send: str,
     after: int,
 ) -> None:
-    from isthmus.runtime.edge.link import RemoteBack
-
     proxy = make_proxy(server.address)
     opened = RemoteBack.open
 
@@ -322,6 +319,51 @@ def test_a_link_that_breaks_in_the_transfer_loses_and_repeats_nothing(
     assert result.token_ids == undisturbed(SAMPLED)
     assert [move.to for move in result.moves] == ["server"]
     assert links[0].reattached == 1
+
+
+@pytest.mark.parametrize("damaged", [[1], [2, 2], [1, 3, 4]])
+def test_damaged_keys_and_values_are_sent_again(
+    folder: Path,
+    serve: Callable[..., BackServer],
+    undisturbed: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    damaged: list[int],
+) -> None:
+    send = ClientStream.send
+    left = list(damaged)
+
+    def damaging_send(stream: ClientStream, data: bytes) -> None:
+        message = pb.ClientMessage.FromString(data)
+        if message.step.HasField("kv") and message.step.step in left:
+            left.remove(message.step.step)
+            payload = bytearray(message.step.kv.payload)
+            payload[-3] ^= 64
+            message.step.kv.payload = bytes(payload)
+            data = message.SerializeToString()
+        send(stream, data)
+
+    monkeypatch.setattr(ClientStream, "send", damaging_send)
+    server = serve(folder, max_frame_tokens=5)
+    result = run(device(folder, server.address), SAMPLED, len(PROMPT) + 3, "kv")
+    assert result.token_ids == undisturbed(SAMPLED)
+    assert not left
+    assert [move.to for move in result.moves] == ["server"]
+
+
+def test_an_older_server_gets_hidden_states_and_no_keys_and_values(
+    folder: Path,
+    server: BackServer,
+    undisturbed: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("isthmus.runtime.server.service.PROTOCOL_MINOR", 0)
+    refused = run(device(folder, server.address), at=len(PROMPT) + 3, send="kv")
+    assert "speaks protocol 1.0: keys and values need 1.1" in caplog.text
+    assert server.sessions == 0
+    moved = run(device(folder, server.address), at=len(PROMPT) + 3, send="hidden")
+    assert refused.token_ids == moved.token_ids == undisturbed(SAMPLINGS[0])
+    assert (refused.moves, len(moved.moves)) == ((), 1)
 
 
 # Back to the device.
@@ -472,7 +514,5 @@ def test_a_kv_budget_is_the_token_that_would_pass_it(folder: Path) -> None:
 
 
 def test_a_server_that_is_not_there_at_the_start_is_an_error_while_nothing_is_lost(folder: Path) -> None:
-    from isthmus.errors import LinkError
-
     with pytest.raises(LinkError, match=r"127\.0\.0\.1:1"):
         run(device(folder, "127.0.0.1:1"))
