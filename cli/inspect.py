@@ -79,6 +79,9 @@ def print_manifest(manifest: Manifest, *, as_json: bool) -> None:
         f"{half} {spec.token_bytes(manifest.half_layers(half))} bytes ({spec.bits} bit)"
         for half, spec in manifest.kv.items()
     ]
+    if manifest.whole_on_device and len(manifest.kv) > 1:
+        both = sum(spec.token_bytes(manifest.half_layers(half)) for half, spec in manifest.kv.items())
+        cached.append(f"the device alone {both} bytes")
     print(f"KV cache for each token of context: {', '.join(cached)}")
     if report:
         print(
