@@ -13,6 +13,7 @@ from .errors import IsthmusError
 
 if TYPE_CHECKING:
     from .export.export import export_bundle
+    from .runtime.edge.handover import HandOver
     from .runtime.edge.model import EdgeModel
     from .runtime.sampling import Sampling
     from .runtime.server.server import BackServer
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 # onnxruntime writes a device id and a database below the user's folders when it is imported, unless told not to.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-__all__ = ["BackServer", "EdgeModel", "IsthmusError", "Sampling", "__version__", "export_bundle"]
+__all__ = ["BackServer", "EdgeModel", "HandOver", "IsthmusError", "Sampling", "__version__", "export_bundle"]
 
 _HOMES = {
     "BackServer": ".runtime.server.server",
     "EdgeModel": ".runtime.edge.model",
+    "HandOver": ".runtime.edge.handover",
     "Sampling": ".runtime.sampling",
     "export_bundle": ".export.export",
 }

@@ -1,7 +1,7 @@
 """Quantize a model, cut it in two and write a bundle.
 
 MODEL is a folder with safetensors, a .gguf file, a catalog name (see `isthmus pull`) or a hub id. OUT/device
-goes to the device, OUT/server to the server; neither ever holds the other's layers.
+goes to the device, OUT/server to the server; neither holds the other's layers, unless the device is to have them all.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ WEIGHTS_HELP = (
     "does"
 )
 KV_BITS = (4, 8, 32)
+DEVICE_LAYERS = ("front", "all")
 
 
 def _split(text: str) -> int | None:
@@ -40,6 +41,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--plan",
         metavar="FILE",
         help="take split, bits of weights and KV cache, and context from `isthmus plan -o FILE`",
+    )
+    parser.add_argument(
+        "--device-layers",
+        choices=DEVICE_LAYERS,
+        help="`all` copies the server's layers to the device, which can then begin alone, hand over to the server, and "
+        "go on if that is lost (default front)",
     )
     parser.add_argument("--front-bits", type=int, choices=WEIGHT_BITS, help="device layers (default 4)")
     parser.add_argument("--back-bits", type=int, choices=WEIGHT_BITS, help="server layers (default 8)")
@@ -96,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     kv_bits = 32 if args.kv_bits is None else args.kv_bits
     options = {
         "split": args.split,
+        "device_layers": args.device_layers or "front",
         "front_bits": 4 if args.front_bits is None else args.front_bits,
         "back_bits": 8 if args.back_bits is None else args.back_bits,
         "front_kv_bits": kv_bits if args.front_kv_bits is None else args.front_kv_bits,
@@ -131,7 +139,7 @@ def _planned(args: argparse.Namespace) -> dict[str, Any]:
     from ..errors import PlanError
     from ..export.planner import export_options
 
-    for name in ("front_bits", "back_bits", "kv_bits", "front_kv_bits", "back_kv_bits", "max_length"):
+    for name in ("device_layers", "front_bits", "back_bits", "kv_bits", "front_kv_bits", "back_kv_bits", "max_length"):
         if getattr(args, name) is not None:
             option = "--" + name.replace("_", "-")
             raise PlanError(f"{option} and --plan: the plan tells that; leave {option} out, or plan with other limits")

@@ -13,6 +13,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..runtime.edge.handover import HandOver
     from ..runtime.edge.model import EdgeModel
     from ..runtime.edge.stream import Generation
 
@@ -93,6 +94,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", metavar="FILE", help="take codec, level, context and deadline from `isthmus plan -o FILE`"
     )
+    parser.add_argument(
+        "--hand-over-at",
+        type=int,
+        metavar="W",
+        help="begin on the device alone and move to the server in the middle of token W, the prompt's counted; for a "
+        "bundle exported with --device-layers all",
+    )
+    parser.add_argument(
+        "--send",
+        choices=("kv", "hidden"),
+        help="what the server gets then: its layers' KV cache, or the hidden states at the split, usually much less "
+        "(default hidden)",
+    )
     add_server_options(parser)
 
 
@@ -102,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     from ..runtime.sampling import Sampling
     from .main import INTERRUPTED
 
-    prompt = _prompt(args)
+    prompt, hand_over = _prompt(args), _hand_over(args)
     sampling = Sampling(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -115,7 +129,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plan:
         deadline_ms = _follow_plan(args, deadline_ms)
     model = open_model(args, deadline_ms)
-    stream = model.stream(prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop)
+    stream = model.stream(
+        prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop, hand_over=hand_over
+    )
     interrupted = False
     try:
         for piece in stream:
@@ -147,6 +163,17 @@ def _follow_plan(args: argparse.Namespace, deadline_ms: float | None) -> float |
     args.context = plan.context if args.context is None else args.context
     has_levels = args.codec is not None and not args.codec.startswith("raw")
     return plan.deadline_ms if deadline_ms is None and has_levels else deadline_ms
+
+
+def _hand_over(args: argparse.Namespace) -> HandOver | None:
+    from ..errors import RequestError
+    from ..runtime.edge.handover import HandOver
+
+    if args.hand_over_at is not None:
+        return HandOver(args.hand_over_at, args.send or "hidden")
+    if args.send:
+        raise RequestError(f"--send {args.send} needs --hand-over-at: without it nothing is handed over")
+    return None
 
 
 def _prompt(args: argparse.Namespace) -> str | list[int] | list[dict[str, str]]:
@@ -184,4 +211,9 @@ def _summary(result: Generation) -> str:
             f"; deadline {result.deadline_ms:g} ms: {result.late_tokens} of {max(0, result.new_tokens - 1)} late; "
             f"{shares}; {len(result.level_changes)} changes"
         )
+    for move in result.moves:
+        if move.to == "server":
+            line += f"; handed over at token {move.token}: {move.bytes_up} bytes ({move.send}), {move.seconds:.2f} s"
+        else:
+            line += f"; back on the device at token {move.token}, {move.positions} run again in {move.seconds:.2f} s"
     return line + "]"

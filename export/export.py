@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 from tokenizers import Tokenizer
 
@@ -51,11 +52,15 @@ WEIGHT_TOKENS = 16384  # of the calibration text, for weights: 8192 take three m
 KV_TOKENS = 8192  # of the calibration text, for the scales of a KV cache: the float model reads them, and is slow
 
 
+DeviceLayers = Literal["front", "all"]
+
+
 def export_bundle(
     model: str,
     out: str | Path,
     *,
     split: int | None,
+    device_layers: DeviceLayers = "front",
     front_bits: int = 4,
     back_bits: int = 8,
     embed_bits: int | None = None,
@@ -81,6 +86,8 @@ def export_bundle(
         model: a checkpoint folder, a ``.gguf`` file, a catalog name or a hub id.
         out: folder to create; it must not exist.
         split: layers on the device, from 1; None keeps the whole model there.
+        device_layers: ``all`` gives the device a copy of the server's layers and of the head, so that it can generate
+            alone and move a session to the server and back (`isthmus.runtime.edge.handover`).
         front_bits: weight bits of the device's layers: 2, 4, 8, 16 or 32.
         back_bits: weight bits of the server's layers.
         embed_bits: bits of the embedding table; by default 8, or more if the front has more.
@@ -131,6 +138,8 @@ def export_bundle(
         front_kv_bits=front_kv_bits,
         back_kv_bits=back_kv_bits if split < arch.layers else front_kv_bits,
     )
+    if device_layers not in get_args(DeviceLayers):
+        raise ExportError(f"device_layers={device_layers!r}: must be one of {', '.join(get_args(DeviceLayers))}")
     if layers_per_block < 1:
         raise ExportError(f"layers_per_block={layers_per_block}: must be at least 1")
     max_length = min(DEFAULT_MAX_LENGTH, arch.max_positions) if max_length is None else max_length
@@ -199,7 +208,17 @@ def export_bundle(
         if weights in CALIBRATED:
             calibrated = CalibratedWeights(checkpoint, family, arch, recipe.precision, weight_windows(), progress)
             source = replace(source, calibrated=calibrated)
-        writer = SegmentWriter(root, source, family, arch, recipe, layers_per_block, max_length, kv_scales)
+        writer = SegmentWriter(
+            root,
+            source,
+            family,
+            arch,
+            recipe,
+            layers_per_block,
+            max_length,
+            kv_scales,
+            whole_on_device=device_layers == "all",
+        )
         segments = writer.write(progress)
         codecs = UNCALIBRATED
         if recipe.split < recipe.layers:

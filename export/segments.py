@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +34,13 @@ class SegmentWriter:
     layers_per_block: int
     max_length: int
     kv_scales: Mapping[int, KVScales] = field(default_factory=dict)
+    whole_on_device: bool = False
 
     def write(self, progress: Progress) -> list[Segment]:
-        """Write every segment; one weight, or one stacked pair, is in memory at a time."""
+        """Write every segment; one weight, or one stacked pair, is in memory at a time.
+
+        With ``whole_on_device`` the device half gets copies of what the server half has.
+        """
         for half in ("device", "server") if self.recipe.split < self.recipe.layers else ("device",):
             (self.root / half).mkdir()
         blocks = self._block_ranges()
@@ -46,6 +51,9 @@ class SegmentWriter:
             segments.append(self._block(half, layers))
         progress("head", steps - 2, steps)
         head = self._head()
+        if self.whole_on_device and head.half == "server":
+            for path in sorted((self.root / "server").iterdir()):
+                shutil.copyfile(path, self.root / "device" / path.name)
         progress("embedding", steps - 1, steps)
         embedding = self._embedding(head)
         progress("segments written", steps, steps)
@@ -84,7 +92,8 @@ class SegmentWriter:
     def _embedding(self, head: Segment) -> Segment:
         """The embedding table, or a pointer into the head's file where both are the same packed bytes."""
         recipe = self.recipe
-        shared = self.arch.tied_embeddings and head.half == "device" and recipe.embed_bits == recipe.head_bits
+        head_is_near = head.half == "device" or self.whole_on_device
+        shared = self.arch.tied_embeddings and head_is_near and recipe.embed_bits == recipe.head_bits
         common: dict[str, Any] = {
             "name": "embed",
             "kind": "embed",

@@ -47,3 +47,24 @@ def quantize(values: NDArray[np.float32], scales: NDArray[np.float32], bits: int
     """Codes of ``values``, one a byte, with scales that broadcast to them, rounded and clipped as onnxruntime does."""
     limit = 1 << (bits - 1)
     return np.clip(np.rint(values * (np.float32(1) / scales)), -limit, limit - 1).astype(np.int8)
+
+
+def quantize_rows(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """Codes of finite ``values`` ``[..., head_dim]`` at 8 bits, for the wire: each row, a position's head, has a scale.
+
+    The scale is the row's largest magnitude by 127, rounded up to float16, so that no value is clipped.
+
+    Returns:
+        Codes ``[..., head_dim]``, and scales ``[...]``: infinite where magnitudes pass what float16 can scale (8e6).
+    """
+    largest = np.abs(values).max(axis=-1).astype(np.float64) / 127
+    with np.errstate(over="ignore"):
+        scales = largest.astype(np.float16)
+    scales = np.where(scales < largest, np.nextafter(scales, np.float16(np.inf)), scales)
+    steps = np.where(scales > 0, scales, np.float16(1)).astype(np.float32)[..., None]
+    return np.rint(values / steps).astype(np.int8), scales
+
+
+def dequantize_rows(codes: NDArray[np.int8], scales: NDArray[np.float16]) -> NDArray[np.float32]:
+    """Values ``[..., head_dim]`` of codes and scales, see `quantize_rows`."""
+    return codes.astype(np.float32) * scales.astype(np.float32)[..., None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +58,7 @@ class BackEngine:
 
 
 class BackSession:
-    """One generation's state on the server."""
+    """One generation's state behind the split."""
 
     def __init__(self, stack: StackSession, head: Head, sampler: Sampler) -> None:
         self._stack = stack
@@ -75,18 +76,35 @@ class BackSession:
         """Run hidden states ``[tokens, d_model]`` through the back's layers."""
         self._last = self._stack.forward(hidden)[-1]
 
+    def rows(self, first: int, last: int) -> NDArray[Any]:
+        """Keys and values of positions ``[first, last)``, see `isthmus.runtime.segments.KVCache.rows`."""
+        return self._stack.cache.rows(first, last)
+
+    def append_rows(self, rows: NDArray[Any]) -> None:
+        """Append keys and values that the same layers computed elsewhere, as `rows` gives them."""
+        self._stack.cache.append(rows)
+
     def truncate(self, length: int) -> None:
         """Roll back to ``length`` positions, and to the tokens that were sampled up to there."""
-        self._stack.cache.truncate(length)
+        self._stack.cache.truncate(min(length, self.length))
         self._sampled_at = [at for at in self._sampled_at if at <= length]
         self._sampler.rollback(len(self._sampled_at))
 
     def sample(self) -> int:
         """The token after the last advanced position."""
         token = self._sampler.sample(self._head.logits(self._last), self.length)
-        self._sampler.accept(token)
-        self._sampled_at.append(self.length)
+        self.accept(token, self.length)
         return token
+
+    def accept(self, token: int, length: int) -> None:
+        """Take note of the token after ``length`` positions: the one sampled here, or the one chosen elsewhere."""
+        self._sampler.accept(token)
+        self._sampled_at.append(length)
+
+    @property
+    def history(self) -> list[int]:
+        """What the repetition penalty counts: the context ids and every token after them."""
+        return self._sampler.history
 
     def close(self) -> None:
         """Free the KV cache; the session is of no use afterwards."""

@@ -195,6 +195,11 @@ class Manifest:
         """Whether the whole model lies on the device."""
         return self.split == self.architecture.layers
 
+    @property
+    def whole_on_device(self) -> bool:
+        """Whether the device holds every layer, be it that the server has a half, too: the same bytes."""
+        return self.device_only or set(self.files["server"]) <= set(self.files["device"])
+
     def half_layers(self, half: Half) -> int:
         """Layers of one half."""
         return self.split if half == "device" else self.architecture.layers - self.split
@@ -218,6 +223,18 @@ class Bundle:
     manifest: Manifest
     manifest_sha256: str
     installed: bool = False
+
+    def own_back(self) -> Bundle:
+        """The server half as the device's folder holds it.
+
+        Raises:
+            BundleError: the bundle was exported without it.
+        """
+        if self.manifest.device_only or not self.manifest.whole_on_device:
+            raise BundleError(
+                f"{self.folder}: holds no layers of the server half; export with `--split N --device-layers all`"
+            )
+        return dataclasses.replace(self, half="server")
 
     def segments(self, kind: SegmentKind | None = None) -> list[Segment]:
         """Segments of this half in execution order, all or of one kind."""
@@ -300,8 +317,11 @@ def _choose_half(root: Path, manifest: Manifest, wanted: Half | None) -> Half:
     if wanted and wanted not in manifest.files:
         raise BundleError(f"{root}: this export keeps the whole model on the device, there is no {wanted} half")
     names = {half: {file.name for file in files} for half, files in manifest.files.items()}
-    shared = set.intersection(*names.values()) if len(names) > 1 else set()  # a codec's tables, which tell nothing
+    # What both hold tells nothing: a codec's tables, or all that the server has if the device has it, too.
+    shared = set.intersection(*names.values()) if len(names) > 1 else set()
     held = [half for half in names if any((root / name).exists() for name in names[half] - shared)]
+    if not held and manifest.whole_on_device and any((root / name).exists() for name in shared):
+        held = ["server"]
     if wanted and held and wanted not in held:
         raise BundleError(f"{root} is the {held[0]} half; give the {wanted} half")
     half = wanted or next(iter(held), None)

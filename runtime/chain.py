@@ -34,7 +34,7 @@ class Chain:
 
         Args:
             device: the device half.
-            server: the server half; needed exactly if the bundle is split.
+            server: the server half; needed exactly if the bundle is split and the device does not hold all layers.
             threads: of onnxruntime; by default the processors at hand, at most four.
 
         Raises:
@@ -43,6 +43,8 @@ class Chain:
         self.manifest = manifest = device.manifest
         self.manifest_sha256 = device.manifest_sha256
         self._bundle = device
+        if server is None and manifest.whole_on_device and not manifest.device_only:
+            server = device.own_back()
         if server is None and not manifest.device_only:
             raise BundleError(
                 f"{device.folder}: layers {manifest.split}–{manifest.architecture.layers - 1} lie in the server half; "

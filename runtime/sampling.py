@@ -77,6 +77,11 @@ class Sampler:
         self._history = list(context_ids)
 
     @property
+    def history(self) -> list[int]:
+        """A copy of the context ids and the accepted tokens."""
+        return list(self._history)
+
+    @property
     def generated(self) -> int:
         """Number of accepted tokens."""
         return len(self._history) - self._context_length

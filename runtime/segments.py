@@ -78,11 +78,38 @@ class KVCache:
         self.length = 0
         self.capacity = capacity
         # calloc: pages that no position has reached yet take no memory.
-        self.values = {
-            (side, layer): ort.OrtValue.ortvalue_from_numpy(np.zeros(spec.shape(capacity), spec.dtype))
-            for layer in layers
-            for side in ("key", "value")
+        self._arrays = {
+            (side, layer): np.zeros(spec.shape(capacity), spec.dtype) for layer in layers for side in ("key", "value")
         }
+        self.values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._arrays.items()}
+        self._layers = len(layers)
+
+    def rows(self, first: int, last: int) -> NDArray[Any]:
+        """A copy of the keys and values of positions ``[first, last)``, as stored.
+
+        Returns:
+            ``[layers, 2, kv_heads, positions, row_width]``, keys before values.
+
+        Raises:
+            RequestError: the cache holds no such positions.
+        """
+        if not 0 <= first <= last <= self.length:
+            raise RequestError(f"keys and values of positions {first} to {last}: must lie between 0 and {self.length}")
+        parts = np.stack([array[0, :, first:last] for array in self._arrays.values()])
+        return parts.reshape(self._layers, 2, *parts.shape[1:])
+
+    def append(self, rows: NDArray[Any]) -> None:
+        """Append the keys and values of further positions, shaped and stored like `rows`.
+
+        Raises:
+            RequestError: they do not fit into the cache.
+        """
+        last = self.length + rows.shape[3]
+        if last > self.capacity:
+            raise RequestError(f"{last} positions: this session was opened for {self.capacity}")
+        for array, part in zip(self._arrays.values(), rows.reshape(-1, *rows.shape[2:]), strict=True):
+            array[0, :, self.length : last] = part
+        self.length = last
 
     def truncate(self, length: int) -> None:
         """Forget the positions from ``length`` on."""

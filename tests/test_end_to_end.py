@@ -72,6 +72,50 @@ def test_raw32_over_tls_gives_the_tokens_of_the_unsplit_model(tiny, environment,
     assert {token["source"] for token in alone["tokens"]} == {"local"}
 
 
+@pytest.mark.parametrize("send", ["kv", "hidden"])
+def test_a_device_with_all_layers_hands_over_and_outlives_its_server(tiny, environment, send):
+    alone = generate(environment, tiny.bundle(bits=4) / "device")
+    folder = tiny.bundle(bits=4, split=1, device_layers="all")
+    at = len(PROMPT) + 4
+    plan = ["--hand-over-at", str(at), "--send", send, "--codec", "raw32"]
+    with serve(environment, folder / "server") as (address, trust):
+        moved = generate(environment, folder / "device", "--server", address, *trust, *plan)
+        command = ["generate", folder / "device", "-p", PROMPT, "-n", "8", "--server", address, *trust, *plan]
+        told = run(environment, *command)
+    gone = generate(environment, folder / "device", "--server", address, *trust, *plan)
+    lonely = generate(environment, folder / "device")
+    assert moved["token_ids"] == gone["token_ids"] == lonely["token_ids"] == alone["token_ids"]
+    assert [token["source"] for token in moved["tokens"]] == ["local"] * 4 + ["server"] * (len(moved["tokens"]) - 4)
+    (move,) = moved["moves"]
+    assert (move["to"], move["token"], move["send"], move["positions"]) == ("server", at, send, at - 1)
+    assert 0 < move["bytes_up"] <= moved["tokens"][4]["bytes_up"]
+    assert f"handed over at token {at}: {move['bytes_up']} bytes ({send})" in told.stderr
+    assert {token["source"] for token in gone["tokens"] + lonely["tokens"]} == {"local"}
+    assert gone["moves"] == lonely["moves"] == []
+
+
+def test_a_killed_server_is_not_the_end_where_the_device_has_all_layers(tiny, environment):
+    folder = tiny.bundle(bits=4, split=1, device_layers="all")
+    new = ["-n", "400", "--temperature", "1.2", "--seed", "3", "--threads", "1"]
+    expected = run(environment, "generate", folder / "device", "-p", PROMPT, *new)
+    assert expected.returncode == 0, expected.stderr
+    command = [*ISTHMUS, "serve", str(folder / "server"), "--listen", "127.0.0.1:0", "--threads", "1", "--insecure"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        address = server.stdout.readline().split(" on ")[1].split()[0]
+        remote = ["--server", address, "--insecure", "--codec", "raw32"]
+        command = [*ISTHMUS, "generate", str(folder / "device"), "-p", PROMPT, *new, *remote]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}  # what is read, not more
+        process = subprocess.Popen(command, env=environment, **pipes)
+        first = process.stdout.read(1)
+        server.kill()
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert (first + rest).decode() == expected.stdout
+    assert b"the device goes on alone" in errors
+    assert b"back on the device at token" in errors
+    assert b"Traceback" not in errors
+
+
 def test_sampling_with_a_seed_is_the_same_alone_and_split(tiny, environment):
     options = ["--temperature", "1.1", "--top-p", "0.95", "--repetition-penalty", "1.2", "--seed", "7"]
     alone = generate(environment, tiny.bundle(bits=4) / "device", *options)
@@ -90,7 +134,7 @@ def test_generate_json_has_every_documented_field(tiny, environment):
         result = generate(environment, folder / "device", "--server", address, *trust, "--codec", "tabq")
     assert result.keys() >= {
         *("text", "token_ids", "prompt_tokens", "new_tokens", "finish_reason", "ttft_ms", "decode_tokens_per_s"),
-        *("bytes_up", "prefill_bytes_up", "decode_bytes_up", "bytes_down", "round_trips", "codec", "tokens"),
+        *("bytes_up", "prefill_bytes_up", "decode_bytes_up", "bytes_down", "round_trips", "codec", "tokens", "moves"),
     }
     assert result["codec"] == "tabq"
     assert result["prompt_tokens"] == len(PROMPT)
@@ -182,6 +226,9 @@ def test_interrupt_ends_cleanly_and_keeps_the_text(tiny, environment):
         (["-p", "x", "--server", "127.0.0.1:1"], "wholly on the device"),
         (["-p", "x", "--codec", "raw16", "--level", "1"], "raw16 has no levels"),
         (["-p", "x", "--system", "Be brief."], "needs --chat"),
+        (["-p", "x", "--hand-over-at", "3"], "--device-layers all"),
+        (["-p", "x", "--hand-over-at", "0"], "token 0: must be at least 1"),
+        (["-p", "x", "--send", "kv"], "--send kv needs --hand-over-at"),
     ],
 )
 def test_a_bad_request_is_one_line_on_stderr(tiny, environment, arguments, says):
@@ -228,6 +275,16 @@ def test_export_and_inspect_print_the_same_manifest(tiny, environment, tmp_path)
         assert json.loads(inspected.stdout) == json.loads(exported.stdout)
     table = run(environment, "inspect", tmp_path / "out" / "device")
     assert "layers 0–1 on the device, 2–3 on the server" in table.stdout
+    assert "which the device has, too" not in table.stdout
     report = json.loads(exported.stdout)["validation"]
     assert f"top-1 agreement {report['top1_agreement']:.4f}" in table.stdout
     assert np.isfinite(report["kl"])
+
+
+def test_export_gives_the_device_all_layers_and_inspect_says_so(tiny, environment, tmp_path):
+    options = ["--split", "2", "--calibration-tokens", "0", "--device-layers", "all"]
+    exported = run(environment, "export", tiny.checkpoint(), "-o", tmp_path / "out", *options)
+    assert exported.returncode == 0, exported.stderr
+    assert "layers 0–1 on the device, 2–3 on the server, which the device has, too" in exported.stdout
+    for folder in ("out", "out/device", "out/server"):
+        assert run(environment, "inspect", tmp_path / folder).stdout == exported.stdout

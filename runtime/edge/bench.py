@@ -198,7 +198,7 @@ def bench(
     results: list[BenchResult] = []
     costs: list[CodecCost] = []
     decoded: list[Token] = []
-    split = not model.manifest.device_only
+    split = model.server is not None
     with AnonymousPeak() as anonymous:
         for kind, count in tests:
             samples: list[float] = []

@@ -46,11 +46,48 @@ class StepReport(NamedTuple):
         return self.server_decode_s + self.server_queue_s + self.server_compute_s
 
 
-class Back(Protocol):
-    """What stands behind the split: the server, or the head on the device itself."""
+def total(reports: Sequence[StepReport]) -> StepReport:
+    """The token of the last report and the costs of all."""
+    return StepReport(reports[-1].token, *(sum(costs) for costs in zip(*(each[1:] for each in reports), strict=True)))
 
-    source: str
-    round_trips: int
+
+class Move(NamedTuple):
+    """A generation's change of place behind the split.
+
+    Attributes:
+        to: ``server`` or ``local``.
+        token: number of the token in the middle of which it moved, counted from 1 over prompt and generated ones.
+        send: what the server got, ``kv`` or ``hidden``; empty on the way back, which needs nothing.
+        positions: sent on the way there; run again on the way back, because the device's layers had not seen them.
+        bytes_up: of that, and of the hidden states with which this token's step went on.
+        seconds: until what was behind the split stood where it had been.
+    """
+
+    to: str
+    token: int
+    send: str
+    positions: int
+    bytes_up: int
+    seconds: float
+
+
+class Back(Protocol):
+    """What stands behind the split: the server, or the device itself."""
+
+    @property
+    def source(self) -> str:
+        """Who decided the last token: ``server`` or ``local``."""
+        ...
+
+    @property
+    def round_trips(self) -> int:
+        """Times that the device waited for a token of the server."""
+        ...
+
+    @property
+    def moves(self) -> Sequence[Move]:
+        """Where the session went, so far."""
+        ...
 
     def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> None:
         """Begin a session of at most ``max_tokens`` positions."""
@@ -76,6 +113,7 @@ class LocalBack:
 
     source = "local"
     round_trips = 0
+    moves: Sequence[Move] = ()
 
     def __init__(self, head: Head) -> None:
         self._head = head
@@ -183,7 +221,7 @@ def _step(embedding: Embedding, front: StackSession, back: Back, ids: list[int],
     token = reports[-1].token
     if token is None:
         raise ProtocolError("BAD_RESULT", "the step asked for a token and its result holds none")
-    report = StepReport(token, *(sum(costs) for costs in zip(*(each[1:] for each in reports), strict=True)))
+    report = total(reports)
     return Token(
         id=token,
         source=back.source,

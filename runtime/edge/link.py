@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,12 @@ from ...errors import LinkError, ProtocolError, RequestError, SecurityError
 from ...quant.codec import Codec
 from ..sampling import Sampling
 from ..wire import isthmus_pb2 as pb
-from ..wire.framing import fault_error, hello_message, open_message, step_message
+from ..wire.framing import KV_MINOR, PROTOCOL_MAJOR, fault_error, hello_message, kv_message, open_message, step_message
+from ..wire.kv import encode_rows
 from ..wire.security import ChannelSecurity
 from ..wire.stream import ClientStream
 from ..wire.transport import PIPELINE_DEPTH
-from .generate import StepReport
+from .generate import Move, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ _FIRST_DELAY_S = 0.2
 _LONGEST_DELAY_S = 10.0
 _CLOSE_TIMEOUT_S = 2.0  # a server that does not answer a Close frees the session by its lease
 _WORST_BYTES_PER_VALUE = 8  # above every codec's expansion, so that a full frame stays below max_frame_bytes
+_KV_CHUNK_BYTES = 1 << 18  # as steps without an answer are bounded in time: 2 s of 1 Mbit/s
+_KV_MESSAGE_BYTES = 64  # of a step with keys and values, the payload aside
+MAX_REATTACH = 7
 _MAX_RESENDS = 4  # of one step on a link that damages it; then the link is not worth having
 
 
@@ -76,6 +80,7 @@ class RemoteBack:
     """
 
     source = "server"
+    moves: Sequence[Move] = ()
 
     def __init__(
         self,
@@ -88,7 +93,7 @@ class RemoteBack:
         security: ChannelSecurity,
         connect_timeout: float = 5.0,
         step_timeout: float = 30.0,
-        max_reattach: int = 7,
+        max_reattach: int = MAX_REATTACH,
     ) -> None:
         self.round_trips = 0  # times that the device waited for a token
         self.reattached = 0  # streams that took over from a broken one
@@ -102,6 +107,7 @@ class RemoteBack:
         self._max_reattach = max_reattach
         self._stream: ClientStream | None = None
         self._limits: pb.Limits | None = None
+        self._minor = 0
         self._session = _Session()
 
     @property
@@ -115,6 +121,33 @@ class RemoteBack:
     def lease_s(self) -> float:
         """Seconds for which the server keeps the session without a stream."""
         return self.limits.lease_ms / 1000
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes of this session's steps, those sent again included."""
+        return self._session.bytes_up
+
+    def kv_chunk_limit(self, row_bytes: int) -> int:
+        """Most positions in one step that carries keys and values.
+
+        Args:
+            row_bytes: most bytes of one position's.
+
+        Raises:
+            LinkError: the server is too old for such steps, or not even one position fits into a frame.
+        """
+        if self._minor < KV_MINOR:
+            raise LinkError(
+                f"{self._address} speaks protocol {PROTOCOL_MAJOR}.{self._minor}: keys and values need "
+                f"{PROTOCOL_MAJOR}.{KV_MINOR}; update the server, or send hidden states"
+            )
+        fitting = (self.limits.max_frame_bytes - _KV_MESSAGE_BYTES) // row_bytes
+        if not fitting:
+            raise LinkError(
+                f"keys and values of one position take {row_bytes} bytes, a frame {self.limits.max_frame_bytes}; "
+                "send hidden states"
+            )
+        return min(self.limits.max_frame_tokens, fitting, max(1, _KV_CHUNK_BYTES // row_bytes))
 
     def chunk_limit(self) -> int:
         """Most tokens in one step."""
@@ -168,13 +201,40 @@ class RemoteBack:
             CodecError: the hidden states are not finite.
         """
         self._live_stream()
-        session = self._session
-        bytes_up, bytes_down = session.bytes_up, session.bytes_down
         started = perf_counter()
         payload = self._codec.encode(hidden, token_ids)
-        session.last_step += 1
-        message = step_message(session.last_step, position, len(hidden), sample, payload)
+        message = step_message(self._session.last_step + 1, position, len(hidden), sample, payload)
+        return self._exchange(message, started, sample=sample)
+
+    def send_rows(self, rows: NDArray[Any], position: int, first_layer: int) -> StepReport:
+        """Send keys and values of consecutive positions, which the device's own copy of the back computed.
+
+        They are sent exactly with the codec ``raw32``, else in 8 bits; the codes of a quantized cache as they are.
+
+        Args:
+            rows: ``[layers, 2, kv_heads, tokens, row_width]``, at most `kv_chunk_limit` tokens.
+            position: of the first.
+            first_layer: that they are of.
+
+        Returns:
+            As `step` without ``sample``, which see for the errors.
+        """
+        self._live_stream()
+        started = perf_counter()
+        coding, payload = encode_rows(rows, exact=self._codec.name == "raw32")
+        layers, _, _, tokens, _ = rows.shape
+        chunk = pb.KVChunk(
+            tokens=tokens, first_layer=first_layer, last_layer=first_layer + layers, coding=coding, payload=payload
+        )
+        message = kv_message(self._session.last_step + 1, position, chunk)
+        return self._exchange(message, started, sample=False)
+
+    def _exchange(self, message: bytes, started: float, *, sample: bool) -> StepReport:
+        """Send the next step; take in what results there are, or are due."""
         encoded = perf_counter()
+        session = self._session
+        bytes_up, bytes_down = session.bytes_up, session.bytes_down
+        session.last_step += 1
         session.unacknowledged.append((session.last_step, message))
         self._send_step(message)
         results: list[pb.Result] = []
@@ -230,7 +290,8 @@ class RemoteBack:
         try:
             self._stream.send(self._hello)
             self._stream.send(request)
-            self._limits = self._expect("welcome", self._connect_timeout).welcome.limits
+            welcome = self._expect("welcome", self._connect_timeout).welcome
+            self._limits, self._minor = welcome.limits, welcome.protocol_minor
         except BaseException:
             self._disconnect()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from ...devices.backend import default_threads
 from ...errors import RequestError
 from ...quant.codec import Codec
+from ..back import BackEngine
 from ..bundle import open_bundle
 from ..codecs import checked_level, default_codec, open_levels
 from ..memory import check_session, process_limit_mb
@@ -21,6 +23,7 @@ from ..segments import Embedding, Head, LayerStack
 from ..text import StopStrings, Tokenizer
 from .controller import Controller, PacedCodec
 from .generate import PREFILL_CHUNK, Back, LocalBack, generate_tokens
+from .handover import REATTACH_ATTEMPTS, HandOver, MovingBack, OwnBack
 from .stream import Generation, TextStream, TokenStream
 
 if TYPE_CHECKING:
@@ -58,7 +61,9 @@ class EdgeModel:
 
         Args:
             folder: the device half of a bundle.
-            server: ``HOST:PORT`` of the server half; needed exactly if the bundle is split.
+            server: ``HOST:PORT`` of the server half; needed exactly if the bundle is split. Where the device holds
+                all layers nevertheless, it may stay away: then they all run here; with a server the model is split as
+                usual, and goes on here if that is lost.
             security: how to reach the server; by default TLS with the system's authorities.
             codec: what hidden states are sent in, one of the manifest's; by default ``klt`` if export calibrated it,
                 else ``tabq``.
@@ -80,7 +85,7 @@ class EdgeModel:
         self.threads = threads = default_threads() if threads is None else threads
         bundle = open_bundle(folder, "device")
         self.manifest = manifest = bundle.manifest
-        if manifest.device_only == bool(server):
+        if manifest.device_only == bool(server) and (server or not manifest.whole_on_device):
             raise RequestError(
                 f"server={server!r}: this bundle runs wholly on the device; leave the server out"
                 if server
@@ -97,7 +102,7 @@ class EdgeModel:
         self._level = checked_level(self._levels, level)
         self._deadline_ms = deadline_ms
         self._controller()  # a deadline of no use is an error now
-        self._server, self._security = server, security
+        self._bundle, self._server, self._security = bundle, server, security
         self._manifest_sha256 = bundle.manifest_sha256
         self.tokenizer = Tokenizer.from_file(
             bundle.path("tokenizer.json"),
@@ -147,6 +152,7 @@ class EdgeModel:
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        hand_over: HandOver | None = None,
     ) -> TextStream:
         """Begin a generation and return its text as a stream.
 
@@ -155,13 +161,16 @@ class EdgeModel:
             max_new_tokens: at most that many tokens; the context may end it sooner.
             sampling: greedy by default.
             stop: strings that end the text and are not part of it.
+            hand_over: begin on the device alone, and move to the server there; needs a bundle that was exported with
+                all layers for the device, and a server.
 
         Raises:
-            RequestError: the prompt is empty, too long or holds ids outside the vocabulary.
+            RequestError: the prompt is empty, too long or holds ids outside the vocabulary; or there can be no
+                hand-over.
             LinkError: the server cannot be reached or refuses the session.
         """
         stop_strings = StopStrings(stop)
-        tokens = self.tokens(prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+        tokens = self.tokens(prompt, max_new_tokens=max_new_tokens, sampling=sampling, hand_over=hand_over)
         return TextStream(tokens, self.tokenizer, stop_strings)
 
     def tokens(
@@ -171,6 +180,7 @@ class EdgeModel:
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         end_tokens: Sequence[int] | None = None,
+        hand_over: HandOver | None = None,
     ) -> TokenStream:
         """Begin a generation and return its tokens, below text; the caller closes the stream.
 
@@ -179,6 +189,7 @@ class EdgeModel:
             max_new_tokens: see `stream`.
             sampling: see `stream`.
             end_tokens: ids that end it; by default the bundle's.
+            hand_over: see `stream`.
 
         Raises:
             RequestError: see `stream`.
@@ -194,7 +205,7 @@ class EdgeModel:
         front = self._stack.session(capacity)  # first: if memory is short here, no session is left on the server
         controller = self._controller()
         codec = self._levels[self._level] if controller is None else PacedCodec(self._levels, controller)
-        back = self._back(codec)
+        back = self._back(codec, hand_over)
         back.open(capacity, sampling, ids if sampling.repetition_penalty != 1.0 else ())
         tokens = generate_tokens(
             self._embedding,
@@ -206,6 +217,8 @@ class EdgeModel:
             end_tokens=self.manifest.end_tokens if end_tokens is None else end_tokens,
             controller=controller,
         )
+        if isinstance(back, MovingBack):
+            tokens = back.watched(tokens)
         name = codec.name if self._server else "none"
         return TokenStream(tokens, back, prompt_tokens=len(ids), codec=name, started=started, controller=controller)
 
@@ -216,9 +229,10 @@ class EdgeModel:
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        hand_over: HandOver | None = None,
     ) -> Generation:
         """Generate to the end; see `stream` for arguments and errors."""
-        stream = self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+        stream = self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, hand_over=hand_over)
         for _ in stream:
             pass
         return stream.result
@@ -260,7 +274,7 @@ class EdgeModel:
             RequestError: the bundle is split, or the ids do not fit.
         """
         if self._head is None:
-            raise RequestError("score needs the whole model on the device: export with `--split all`")
+            raise RequestError("score needs the whole model on the device, in one half: export with `--split all`")
         ids = self.prompt_ids(token_ids, new_tokens=0)
         front = self._stack.session(len(ids))
         chunks = [
@@ -281,18 +295,39 @@ class EdgeModel:
             )
         return Controller(self._deadline_ms / 1e3, level=self._level, levels=len(self._levels))
 
-    def _back(self, codec: Codec) -> Back:
+    @property
+    def server(self) -> str | None:
+        """Address of the server half; None if the device runs all layers itself."""
+        return self._server
+
+    @cached_property
+    def _own_back(self) -> BackEngine:
+        """The device's copy of the back, opened when it is first needed: most generations over a server never do."""
+        return BackEngine(self._bundle.own_back(), self.threads)
+
+    def _back(self, codec: Codec, hand_over: HandOver | None) -> Back:
+        whole = self.manifest.whole_on_device and self._head is None
+        if hand_over and not (whole and self._server):
+            raise RequestError(
+                "a hand-over needs a server and a bundle exported with `--split N --device-layers all`: "
+                + ("give the server's address" if whole else "this one is not; leave the hand-over out")
+            )
         if self._head is not None:
             return LocalBack(self._head)
+        own = OwnBack(lambda: self._own_back)
+        if not self._server:
+            return own
         # gRPC loads only where a server is used.
         from ..wire.security import ChannelSecurity
-        from .link import RemoteBack
+        from .link import MAX_REATTACH, RemoteBack
 
-        return RemoteBack(
-            self._server or "",
+        remote = RemoteBack(
+            self._server,
             manifest_sha256=self._manifest_sha256,
             split=self.manifest.split,
             d_model=self.manifest.architecture.d_model,
             codec=codec,
             security=self._security or ChannelSecurity(),
+            max_reattach=REATTACH_ATTEMPTS if whole else MAX_REATTACH,
         )
+        return MovingBack(own, remote, self.manifest, hand_over) if whole else remote

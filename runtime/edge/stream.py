@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from ..text import Detokenizer, StopStrings, Tokenizer
 from .controller import Controller, LevelChange
-from .generate import Back, Token
+from .generate import Back, Move, Token
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Generation:
         codec: what the hidden states were sent in; ``none`` if the device runs the whole model.
         deadline_ms: for each token but the first, if there was one.
         level_changes: of the codec, to keep the deadline.
+        moves: of a session that went from the device to the server, or back.
     """
 
     text: str
@@ -40,6 +41,7 @@ class Generation:
     tokens: list[Token] = field(repr=False)
     deadline_ms: float | None = None
     level_changes: tuple[LevelChange, ...] = ()
+    moves: tuple[Move, ...] = ()
 
     @property
     def new_tokens(self) -> int:
@@ -80,6 +82,7 @@ class Generation:
         ]
         result["late_tokens"] = self.late_tokens
         result["level_changes"] = [change._asdict() for change in self.level_changes]
+        result["moves"] = [move._asdict() for move in self.moves]
         return result
 
 
@@ -126,6 +129,11 @@ class TokenStream:
     def level_changes(self) -> tuple[LevelChange, ...]:
         """Of the codec so far, to keep the deadline."""
         return () if self._controller is None else tuple(self._controller.changes)
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """Where the session went, so far."""
+        return tuple(self._back.moves)
 
     def close(self, *, cancel: bool = False) -> None:
         """End the session, here and on the server; with ``cancel`` drop the steps on their way. Safe to call twice."""
@@ -206,4 +214,5 @@ class TextStream:
             tokens=self._done,
             deadline_ms=self._tokens.deadline_ms,
             level_changes=self._tokens.level_changes,
+            moves=self._tokens.moves,
         )

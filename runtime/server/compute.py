@@ -31,6 +31,10 @@ class ComputeSession(Protocol):
         """Append hidden states ``[tokens, d_model]``."""
         ...
 
+    def append_rows(self, rows: NDArray[Any]) -> None:
+        """Append keys and values ``[layers, 2, kv_heads, tokens, row_width]``, as the cache stores them."""
+        ...
+
     def truncate(self, length: int) -> None:
         """Roll back to ``length`` positions."""
         ...

@@ -8,14 +8,15 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CodecError, NonFiniteError
 from ...quant.codec import Codec
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import Refusal, crc_matches, read_sampling
+from ..wire.kv import decode_rows
 from .compute import ComputeEngine, ComputeSession, ComputeThread
 from .limits import ServerLimits
 
@@ -69,12 +70,18 @@ class Session:
                 f"step {step.step} where {expected} is next; send that",
                 expected_step=expected,
             )
-        self._check_place(step.position, step.frame.tokens)
-        hidden = self._decode(step.frame, codec)
+        content = step.kv if step.HasField("kv") else step.frame
+        self._check_place(step.position, content.tokens)
+        if step.sample and step.HasField("kv"):
+            raise Refusal("BAD_REQUEST", "keys and values give no token; send the next position's frame for that")
+        arrays = self._decode(content, codec)
         decoded, busy = perf_counter(), self._engine.onnxruntime_seconds
         if step.position < self._compute.length:
             self._compute.truncate(step.position)
-        self._compute.advance(hidden)
+        if step.HasField("kv"):
+            self._compute.append_rows(arrays)
+        else:
+            self._compute.advance(arrays)
         token = self._compute.sample() if step.sample else None
         self._last = pb.Result(
             step=step.step,
@@ -107,9 +114,12 @@ class Session:
                 "open one with larger max_tokens",
             )
 
-    def _decode(self, frame: pb.Frame, codec: Codec) -> NDArray[np.float32]:
+    def _decode(self, content: pb.Frame | pb.KVChunk, codec: Codec) -> NDArray[Any]:
         try:
-            return codec.decode(frame.payload, frame.tokens, self._d_model)
+            if isinstance(content, pb.KVChunk):
+                manifest = self._engine.manifest
+                return decode_rows(content, manifest.kv["server"], range(manifest.split, manifest.architecture.layers))
+            return codec.decode(content.payload, content.tokens, self._d_model)
         except NonFiniteError as error:
             raise Refusal("NON_FINITE", str(error)) from error
         except CodecError as error:

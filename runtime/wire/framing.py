@@ -14,9 +14,11 @@ from ..sampling import Sampling
 from . import isthmus_pb2 as pb
 
 PROTOCOL_MAJOR = 1  # must be equal on both ends
-PROTOCOL_MINOR = 0  # the lower of both is spoken
+PROTOCOL_MINOR = 1  # the lower of both is spoken; 1 added keys and values
+KV_MINOR = 1
 
 _STEP_HEADER = struct.Struct("<QII?")
+_KV_HEADER = struct.Struct("<IIi")
 _MAX_FAULT_CHARS = 500
 
 
@@ -157,7 +159,22 @@ def step_message(step: int, position: int, tokens: int, sample: bool, payload: b
     return pb.ClientMessage(step=pb.Step(step=step, position=position, sample=sample, frame=frame)).SerializeToString()
 
 
+def kv_crc(step: int, position: int, sample: bool, chunk: pb.KVChunk) -> int:
+    """CRC32C of a step that carries keys and values, like `step_crc`."""
+    header = step_crc(step, position, chunk.tokens, sample, b"")
+    header = google_crc32c.extend(header, _KV_HEADER.pack(chunk.first_layer, chunk.last_layer, chunk.coding))
+    return int(google_crc32c.extend(header, chunk.payload))
+
+
+def kv_message(step: int, position: int, chunk: pb.KVChunk) -> bytes:
+    """Keys and values with their place in the session; the chunk gets its checksum."""
+    chunk.crc32c = kv_crc(step, position, False, chunk)
+    return pb.ClientMessage(step=pb.Step(step=step, position=position, kv=chunk)).SerializeToString()
+
+
 def crc_matches(step: pb.Step) -> bool:
     """Whether a step arrived as it was sent."""
+    if step.HasField("kv"):
+        return kv_crc(step.step, step.position, step.sample, step.kv) == step.kv.crc32c
     frame = step.frame
     return step_crc(step.step, step.position, frame.tokens, step.sample, frame.payload) == frame.crc32c

@@ -126,16 +126,18 @@ class Attached(_message.Message):
     def __init__(self, last_step: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "position", "sample", "frame")
+    __slots__ = ("step", "position", "sample", "frame", "kv")
     STEP_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
     step: int
     position: int
     sample: bool
     frame: Frame
-    def __init__(self, step: _Optional[int] = ..., position: _Optional[int] = ..., sample: _Optional[bool] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+    kv: KVChunk
+    def __init__(self, step: _Optional[int] = ..., position: _Optional[int] = ..., sample: _Optional[bool] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., kv: _Optional[_Union[KVChunk, _Mapping]] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("tokens", "payload", "crc32c")
@@ -146,6 +148,28 @@ class Frame(_message.Message):
     payload: bytes
     crc32c: int
     def __init__(self, tokens: _Optional[int] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ...) -> None: ...
+
+class KVChunk(_message.Message):
+    __slots__ = ("tokens", "first_layer", "last_layer", "coding", "payload", "crc32c")
+    class Coding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STORED: _ClassVar[KVChunk.Coding]
+        ROWS8: _ClassVar[KVChunk.Coding]
+    STORED: KVChunk.Coding
+    ROWS8: KVChunk.Coding
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    CODING_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    first_layer: int
+    last_layer: int
+    coding: KVChunk.Coding
+    payload: bytes
+    crc32c: int
+    def __init__(self, tokens: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., coding: _Optional[_Union[KVChunk.Coding, str]] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
     __slots__ = ("step", "length", "token", "decode_us", "queue_us", "compute_us", "onnxruntime_us")

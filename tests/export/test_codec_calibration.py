@@ -24,6 +24,14 @@ def calibrated(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_device_with_all_layers_has_the_tables_once(tiny: Any, calibrated: Path, tmp_path: Path) -> None:
+    options = {"max_length": 64, "calibration_tokens": 4096, "cache": calibrated.parent / "cache"}
+    bits = {"front_bits": 8, "back_bits": 8, "device_layers": "all"}
+    manifest = export_bundle(str(tiny.checkpoint()), tmp_path / "out", split=2, **bits, **options)
+    assert "klt" in manifest.codecs
+    assert manifest.whole_on_device
+
+
 def test_both_halves_hold_the_tables_and_the_manifest_names_the_codec(calibrated: Path) -> None:
     device, server = open_bundle(calibrated / "device"), open_bundle(calibrated / "server")
     assert "klt" in device.manifest.codecs

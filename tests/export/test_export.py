@@ -72,6 +72,27 @@ def test_bits_of_embedding_and_head_follow_those_of_the_layers_but_never_below_8
         assert (manifest.embed_bits, manifest.head_bits) == bits
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama-untied"])
+def test_a_device_with_all_layers_has_the_server_s_files_beside_its_own(tiny: Any, kind: str) -> None:
+    front = open_bundle(tiny.bundle(kind, split=1, front_bits=4, back_bits=8), "device").manifest
+    whole = open_bundle(tiny.bundle(kind, split=1, front_bits=4, back_bits=8, device_layers="all"), "device").manifest
+    assert whole.files["server"] == front.files["server"]
+    assert set(whole.files["device"]) - set(front.files["device"]) == set(whole.files["server"])
+    # A tied embedding is read out of the head, if that has as many bits.
+    tied = {entry.name for entry in set(front.files["device"]) - set(whole.files["device"])}
+    assert tied == ({"embed.data"} if kind == "llama" else set())
+    assert [whole.whole_on_device, front.whole_on_device] == [True, False]
+    assert whole.validation["kl"] == front.validation["kl"]
+
+
+def test_a_bundle_without_a_server_half_is_whole_already(tiny: Any, tmp_path: Path) -> None:
+    options = {"split": None, "calibration_tokens": 0}
+    one = export_bundle(str(tiny.checkpoint()), tmp_path / "one", **options)
+    other = export_bundle(str(tiny.checkpoint()), tmp_path / "other", device_layers="all", **options)
+    assert one.to_json() == other.to_json()
+    assert one.whole_on_device
+
+
 def test_the_same_export_twice_has_the_same_manifest(tiny: Any, tmp_path: Path) -> None:
     for name in ("one", "other"):
         export_bundle(str(tiny.checkpoint()), tmp_path / name, split=2, calibration_tokens=0)
@@ -206,6 +227,7 @@ def test_bits_out_of_range_are_refused(tiny: Any, tmp_path: Path, name: str, bit
         ({"block_size": 48}, "block_size=48: must be 16, 32, 64 or 128"),
         ({"block_size": 16, "front_bits": 2}, "block_size=16: with front_bits=2 must be one of 32, 64, 128"),
         ({"weights": "awq"}, "weights='awq': must be one of rtn, mse, hqq"),
+        ({"device_layers": "some"}, "device_layers='some': must be one of front, all"),
         ({"layers_per_block": 0}, "layers_per_block=0: must be at least 1"),
         ({"max_length": 1}, "max_length=1: must lie between 2 and 512"),
         ({"max_length": 513}, "max_length=513: must lie between 2 and 512"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from isthmus.errors import ExportError
-from isthmus.quant.kv import absmax_scales, quantize
+from isthmus.quant.kv import absmax_scales, dequantize_rows, quantize, quantize_rows
 
 quantized_bits = pytest.mark.parametrize("bits", [4, 8])
 
@@ -44,3 +44,21 @@ def test_a_channel_that_is_always_zero_has_a_scale_and_stays_zero() -> None:
 def test_samples_without_a_largest_magnitude_are_refused(samples: object) -> None:
     with pytest.raises(ExportError, match="keys or values to calibrate on"):
         absmax_scales(np.array(samples, np.float32), 8)
+
+
+@given(arrays(np.float32, (2, 3, 4), elements=st.floats(-8e6, 8e6, width=32)))
+def test_rows_come_back_within_half_a_step_of_their_own(values: np.ndarray) -> None:
+    codes, scales = quantize_rows(values)
+    assert (codes.dtype, codes.shape) == (np.int8, values.shape)
+    assert (scales.dtype, scales.shape) == (np.float16, values.shape[:-1])
+    error = np.abs(dequantize_rows(codes, scales).astype(np.float64) - values)
+    assert (error <= 0.501 * scales.astype(np.float64)[..., None]).all()
+    # A step is the row's 127th part, to float16's precision.
+    largest = np.abs(values).max(-1) / 127
+    assert (scales.astype(np.float64) <= largest * 1.002 + 2.0**-24).all()
+
+
+def test_rows_beyond_what_float16_can_scale_are_told() -> None:
+    codes, scales = quantize_rows(np.array([[1e7, 1.0], [1.0, -1.0]], np.float32))
+    assert np.isinf(scales).tolist() == [True, False]
+    assert codes[1].tolist() == [127, -127]

@@ -78,6 +78,10 @@ class FakeSession:
         self._rows += [row.tobytes() for row in hidden]
         self._engine.order.append(self)
 
+    def append_rows(self, rows: np.ndarray) -> None:
+        self._rows += [np.ascontiguousarray(rows[:, :, :, at]).tobytes() for at in range(rows.shape[3])]
+        self._engine.order.append(self)
+
     def truncate(self, length: int) -> None:
         del self._rows[length:]
 

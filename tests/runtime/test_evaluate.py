@@ -42,6 +42,13 @@ def reference(tiny: Any) -> BundleReference:
     return BundleReference(Chain.open(tiny.bundle("llama", bits=32) / "device", threads=1), WINDOWS)
 
 
+def test_a_device_with_all_layers_needs_no_other_half(chain: Chain, tiny: Any) -> None:
+    alone = Chain.open(tiny.bundle(split=2, device_layers="all") / "device")
+    chain.truncate(0)
+    assert np.array_equal(alone.back(alone.front(IDS[:140])), chain.back(chain.front(IDS[:140])))
+    assert [choice.name for choice in alone.codecs(["raw16"])] == ["raw16"]
+
+
 def test_a_chain_gives_the_bits_of_the_unsplit_model(chain: Chain, tiny: Any, local_model: Callable[..., Any]) -> None:
     hidden, logits = local_model(tiny.bundle("llama")).run(IDS[:140], [140])
     chain.truncate(0)

@@ -136,3 +136,29 @@ def test_a_bundle_for_a_newer_onnxruntime_is_refused(tiny):
     newer = replace(bundle, manifest=replace(bundle.manifest, minimum_onnxruntime="99.0.0"))
     with pytest.raises(BundleError, match=r"needs 99\.0\.0"):
         LayerStack(newer, 1)
+
+
+@pytest.mark.parametrize("bits", KV_BITS)
+def test_keys_and_values_taken_out_and_appended_elsewhere_are_the_same_cache(tiny: Any, bits: int) -> None:
+    bundle = open_bundle(tiny.bundle(front_kv_bits=bits), "device")
+    hidden = np.random.default_rng(0).normal(size=(9, 64)).astype(np.float32)
+    stack = LayerStack(bundle, 1)
+    one, other = stack.session(12), stack.session(12)
+    one.forward(hidden[:6])
+    for first, last in ((0, 1), (1, 5), (5, 6)):
+        rows = one.cache.rows(first, last)
+        assert rows.shape == (4, 2, 2, last - first, bundle.kv.row_width)
+        other.cache.append(rows)
+    assert other.cache.length == 6
+    assert np.array_equal(other.cache.rows(0, 6), one.cache.rows(0, 6))
+    assert np.array_equal(other.forward(hidden[6:]), one.forward(hidden[6:]))
+
+
+def test_keys_and_values_beyond_a_cache_are_refused() -> None:
+    cache = KVCache(range(2), KVSpec(32, 1, 8), 4)
+    cache.append(np.zeros((2, 2, 1, 3, 8), np.float32))
+    with pytest.raises(RequestError, match="5 positions: this session was opened for 4"):
+        cache.append(np.zeros((2, 2, 1, 2, 8), np.float32))
+    for first, last in ((0, 4), (-1, 2), (2, 1)):
+        with pytest.raises(RequestError, match="must lie between 0 and 3"):
+            cache.rows(first, last)

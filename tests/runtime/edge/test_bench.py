@@ -138,3 +138,9 @@ def test_a_breakdown_is_of_medians() -> None:
     tokens = [token(0.01, 0.01, total) for total in (0.02, 0.03, 9.0)]
     assert Breakdown.of(tokens).total_ms == pytest.approx(30.0)
     assert Breakdown.of(tokens).overhead_ms == pytest.approx(20.0)
+
+
+def test_a_device_with_all_layers_and_no_server_is_measured_as_one_that_has_no_link(tiny: Any) -> None:
+    report = bench(EdgeModel(tiny.bundle(split=2, device_layers="all") / "device"), new_tokens=(3,), repetitions=1)
+    assert (report.breakdown, report.codec) == (None, ())
+    assert [result.test for result in report.results] == ["pp128", "tg3"]

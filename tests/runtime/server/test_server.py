@@ -9,14 +9,15 @@ import weakref
 import grpc
 import numpy as np
 import pytest
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from isthmus.errors import LinkError, RequestError
+from isthmus.runtime.bundle import KVSpec
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire import isthmus_pb2 as pb
-from isthmus.runtime.wire.framing import hello_message, open_message, step_crc, step_message
+from isthmus.runtime.wire.framing import hello_message, kv_crc, open_message, step_crc, step_message
 from isthmus.runtime.wire.security import ChannelSecurity
 from isthmus.runtime.wire.stream import ClientStream
 from isthmus.runtime.wire.transport import MAX_MESSAGE_BYTES
@@ -120,7 +121,7 @@ FITTING = {"protocol_major": 1, "manifest_sha256": MANIFEST, "split": 2, "codec"
 @pytest.mark.parametrize(
     ("change", "code", "named"),
     [
-        ({"protocol_major": 2}, "VERSION_MISMATCH", ["2.0", "1.0"]),
+        ({"protocol_major": 2}, "VERSION_MISMATCH", ["2.0", "1.1"]),
         ({"manifest_sha256": "c" * 64}, "MANIFEST_MISMATCH", ["c" * 64, MANIFEST]),
         ({"split": 3}, "MANIFEST_MISMATCH", ["layer 3", "at 2"]),
         ({"codec": "zip"}, "UNSUPPORTED_CODEC", ["zip", "raw32, raw16"]),
@@ -286,6 +287,119 @@ def test_a_refused_step_leaves_its_session_and_the_others_as_they_were(
         assert fault.expected_step == 1
     client.send(frame(1, PROMPT, 0))
     assert client.result().token == expected(PROMPT, 1)[0]
+
+
+# Keys and values.
+
+
+def kv_step(
+    step: int = 1,
+    position: int = 0,
+    tokens: int = 2,
+    *,
+    sample: bool = False,
+    crc: int | None = None,
+    **changes: object,
+) -> bytes:
+    """A Step of keys and values of the fake back's 3 layers, 1 head of 8, the checksum right unless given."""
+    fields = {"tokens": tokens, "first_layer": 2, "last_layer": 5, "payload": bytes(3 * 2 * tokens * 8 * 4)} | changes
+    chunk = pb.KVChunk(**fields)
+    chunk.crc32c = kv_crc(step, position, sample, chunk) if crc is None else crc
+    return pb.ClientMessage(step=pb.Step(step=step, position=position, sample=sample, kv=chunk)).SerializeToString()
+
+
+def float_rows(tokens: int, value: float) -> bytes:
+    rows = np.zeros((3, 2, 1, tokens, 8), np.float32)
+    rows[-1, -1, -1, -1, -1] = value
+    return rows.tobytes()
+
+
+def coded_rows(tokens: int, scale: float) -> bytes:
+    scales = np.ones((3, 2, 1, tokens), np.float16)
+    scales[-1, -1, -1, -1] = scale
+    return bytes(scales.size * 8) + scales.tobytes()
+
+
+BAD_CHUNKS = {
+    "bad CRC": (kv_step(crc=1), "BAD_CRC", "damaged"),
+    "no tokens": (kv_step(tokens=0), "BAD_FRAME", "0 tokens"),
+    "impossible token count": (kv_step(tokens=513, payload=b""), "BAD_FRAME", "513"),
+    "empty payload": (kv_step(payload=b""), "BAD_FRAME", "0 bytes"),
+    "truncated payload": (kv_step(payload=float_rows(2, 0)[:-1]), "BAD_FRAME", "383 bytes"),
+    "more tokens than payload": (kv_step(tokens=3, payload=float_rows(2, 0)), "BAD_FRAME", "take 576"),
+    "fewer layers": (kv_step(last_layer=4), "BAD_FRAME", "[2, 4)"),
+    "the front's layers": (kv_step(first_layer=0, last_layer=2), "BAD_FRAME", "[0, 2)"),
+    "no layers": (kv_step(first_layer=5), "BAD_FRAME", "[5, 5)"),
+    "layers that end before they begin": (kv_step(first_layer=5, last_layer=2), "BAD_FRAME", "[5, 2)"),
+    "unknown coding": (kv_step(coding=7), "BAD_FRAME", "coding 7"),
+    "negative coding": (kv_step(coding=-1), "BAD_FRAME", "coding -1"),
+    "floats said to be codes": (kv_step(coding=pb.KVChunk.ROWS8), "BAD_FRAME", "take 120"),
+    "NaN": (kv_step(payload=float_rows(2, np.nan)), "NON_FINITE", "NaN"),
+    "infinity": (kv_step(payload=float_rows(2, np.inf)), "NON_FINITE", "infinity"),
+    "NaN scale": (kv_step(coding=pb.KVChunk.ROWS8, payload=coded_rows(2, np.nan)), "NON_FINITE", "scale"),
+    "infinite scale": (kv_step(coding=pb.KVChunk.ROWS8, payload=coded_rows(2, np.inf)), "NON_FINITE", "scale"),
+    "negative scale": (kv_step(coding=pb.KVChunk.ROWS8, payload=coded_rows(2, -1)), "NON_FINITE", "scale"),
+    "a token asked for": (kv_step(sample=True), "BAD_REQUEST", "give no token"),
+    "position gap": (kv_step(position=1), "BAD_REQUEST", "gap"),
+    "beyond the session": (kv_step(tokens=65), "SESSION_FULL", "64"),
+    "step out of order": (kv_step(step=2), "OUT_OF_ORDER", "step 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHUNKS)
+def test_refused_keys_and_values_leave_their_session_and_the_others_as_they_were(
+    client, frame, expected, name, bystander
+):
+    message, code, says = BAD_CHUNKS[name]
+    client.open()
+    client.send(message)
+    fault = client.fault()
+    assert pb.Fault.Code.Name(fault.code) == code
+    assert says in fault.message
+    client.send(frame(1, PROMPT, 0))
+    assert client.result().token == expected(PROMPT, 1)[0]
+
+
+def test_codes_of_a_float_cache_are_refused_where_the_cache_is_quantized(client, frame, engine, bystander):
+    engine.manifest.kv["server"] = KVSpec(8, 1, 8)
+    client.open()
+    client.send(kv_step(coding=pb.KVChunk.ROWS8, payload=coded_rows(2, 1)))
+    fault = client.fault()
+    assert fault.code == pb.Fault.BAD_FRAME
+    assert "8 bits" in fault.message
+    client.send(kv_step(payload=bytes(3 * 2 * 2 * 8)))
+    assert client.result().length == 2
+
+
+def test_keys_and_values_lengthen_a_session_and_roll_it_back_as_frames_do(client, frame, engine):
+    client.open()
+    client.send(kv_step(1, 0, 2))
+    assert client.result().length == 2
+    client.send(kv_step(1, 0, 2))  # repeated: answered, not done
+    assert client.result().length == 2
+    client.send(kv_step(2, 2, 3))
+    assert client.result().length == 5
+    client.send(kv_step(3, 1, 2))
+    assert client.result().length == 3
+    client.send(frame(4, [1], 3))
+    result = client.result()
+    assert (result.length, result.HasField("token")) == (4, True)
+    assert engine.advanced == 4
+
+
+def test_flipped_bits_in_keys_and_values_are_found(client, bystander):
+    message = bytearray(kv_step())
+    client.open()
+    for at in range(8, len(message), 37):
+        damaged = bytearray(message)
+        damaged[at] ^= 4
+        try:
+            step = pb.ClientMessage.FromString(bytes(damaged)).step
+        except DecodeError:
+            continue
+        if step.HasField("kv"):
+            client.send(bytes(damaged))
+            assert client.code() in ("BAD_CRC", "OUT_OF_ORDER")
 
 
 def test_a_message_above_the_limit_ends_the_stream_and_not_the_session(client, make_client, frame, expected, bystander):
