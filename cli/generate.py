@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     from ..runtime.sampling import Sampling
     from .main import INTERRUPTED
 
-    prompt, hand_over = _prompt(args), _hand_over(args)
+    prompt = _prompt(args)
     sampling = Sampling(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
     deadline_ms = None if args.deadline is None else 1e3 * parse_duration_s(args.deadline)
     if args.plan:
         deadline_ms = _follow_plan(args, deadline_ms)
+    hand_over = _hand_over(args)
     model = open_model(args, deadline_ms)
     stream = model.stream(
         prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop, hand_over=hand_over
@@ -161,6 +162,8 @@ def _follow_plan(args: argparse.Namespace, deadline_ms: float | None) -> float |
     if args.codec is None and chosen.codec != "none":
         args.codec, args.level = chosen.codec, None if chosen.level < 0 else chosen.level
     args.context = plan.context if args.context is None else args.context
+    if chosen.hand_over_at and args.hand_over_at is None:
+        args.hand_over_at, args.send = chosen.hand_over_at, args.send or chosen.send
     has_levels = args.codec is not None and not args.codec.startswith("raw")
     return plan.deadline_ms if deadline_ms is None and has_levels else deadline_ms
 

@@ -157,6 +157,7 @@ def export_options(
         )
     return {
         "split": None if chosen.mode == "device-only" else chosen.split,
+        "device_layers": "all" if chosen.mode == "hand-over" else "front",
         "front_bits": chosen.front_bits,
         "back_bits": chosen.back_bits,
         "front_kv_bits": chosen.kv_bits,

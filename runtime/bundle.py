@@ -236,6 +236,11 @@ class Bundle:
             )
         return dataclasses.replace(self, half="server")
 
+    def with_own_back(self) -> tuple[Bundle, ...]:
+        """All that may be opened from this folder: the half, and the device's copy of the server's if it has one."""
+        copied = self.half == "device" and self.manifest.whole_on_device and not self.manifest.device_only
+        return (self, self.own_back()) if copied else (self,)
+
     def segments(self, kind: SegmentKind | None = None) -> list[Segment]:
         """Segments of this half in execution order, all or of one kind."""
         return [s for s in self.manifest.segments if s.half == self.half and kind in (None, s.kind)]

@@ -49,7 +49,7 @@ def install_bundle(
         BundleError: no intact half there, or its folder cannot be written to.
     """
     bundle = open_bundle(folder, half, use_installed=False)
-    segments = [segment for segment in bundle.segments() if segment.graph_file]
+    segments = [segment for half in bundle.with_own_back() for segment in half.segments() if segment.graph_file]
     staging = bundle.path(f".{INSTALLED}.partial-{os.getpid()}")
     try:
         staging.mkdir()

@@ -24,12 +24,16 @@ def half_memory(bundle: Bundle, positions: int, *, chunk: int) -> MemoryEstimate
         chunk: most tokens of one step.
     """
     arch = bundle.manifest.architecture
-    graphs = [segment for segment in bundle.segments() if segment.graph_file]
-    layers = sum(segment.last_layer - segment.first_layer for segment in graphs if segment.kind == "block")
+    halves = bundle.with_own_back()  # the copy is opened when the server is lost
+    graphs = [segment for half in halves for segment in half.segments() if segment.graph_file]
     sizes = {file.name: file.bytes for file in bundle.manifest.files[bundle.half]}
     needs = MemoryNeeds(
         graphs=tuple(tuple(map(_stored, segment.tensors.values())) for segment in graphs),
-        kv_bytes=bundle.kv.cache_bytes(layers, positions),
+        kv_bytes=sum(
+            half.kv.cache_bytes(bundle.manifest.half_layers(half.half), positions)
+            for half in halves
+            if half.segments("block")
+        ),
         positions=positions,
         chunk=chunk,
         d_model=arch.d_model,

@@ -18,6 +18,8 @@ from isthmus.export.grid import Grid, Limits
 from isthmus.export.plan import read_plan
 from isthmus.export.planner import export_options, make_plan, search
 from isthmus.runtime.bundle import Architecture, open_bundle
+from isthmus.runtime.server.server import BackServer
+from isthmus.runtime.wire.security import ServerSecurity
 
 LAYERS = 6
 ARCH = Architecture("llama", LAYERS, 576, 9, 3, 64, 1536, 49152, 1e-5, 1e4, 8192, tied_embeddings=True)
@@ -224,6 +226,25 @@ def test_generate_follows_a_plan_and_refuses_another_bundle_s(measured, tiny, tm
     other = tiny.bundle(bits=8 if bits != 8 else 4)
     assert main(["generate", str(other / "device"), "-p", "x", "--plan", str(path)]) == 1
     assert "this bundle" in capsys.readouterr().err
+
+
+def test_a_planned_hand_over_keeps_all_layers_on_the_device(measured, tmp_path, capsys):
+    model, cache = measured
+    path = tmp_path / "plan.toml"
+    planned = make_plan(
+        model, "raspberry-pi-4", "wifi", server="cpu-server", limits=LIMITS, modes=("hand-over",), cache=cache
+    )
+    planned.plan.write(path)
+    assert export_options(path, model)["device_layers"] == "all"
+    folder = tmp_path / "out"
+    assert main(["export", model, "-o", str(folder), "--plan", str(path), "--calibration-tokens", "0"]) == 0
+    capsys.readouterr()
+    command = ["generate", str(folder / "device"), "--prompt-ids", "1,2,3,4,5,6,7,8", "-n", "40", "--json"]
+    with BackServer.from_bundle(folder / "server", security=ServerSecurity(insecure=True)) as server:
+        assert main([*command, "--server", server.address, "--insecure", "--codec", "raw16", "--plan", str(path)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    if result["new_tokens"] + 8 > planned.plan.chosen.hand_over_at:
+        assert [move["to"] for move in result["moves"]] == ["server"]
 
 
 def test_a_plan_for_another_model_is_refused(measured, tiny, tmp_path):

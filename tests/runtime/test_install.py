@@ -42,6 +42,14 @@ def test_graphs_are_opened_from_the_installation(half):
     assert all(bundle.graph_path(s).parent.name == "installed" for s in bundle.segments("block"))
 
 
+def test_the_device_s_copy_of_the_back_is_installed_as_well(tiny, tmp_path):
+    folder = tmp_path / "device"
+    shutil.copytree(tiny.bundle(split=2, device_layers="all") / "device", folder)
+    install_bundle(folder)
+    back = open_bundle(folder, "device").own_back()
+    assert all(back.graph_path(s).is_file() for s in back.segments() if s.graph_file)
+
+
 def test_installing_again_replaces(half):
     install_bundle(half)
     (half / "installed" / "stale").write_text("")

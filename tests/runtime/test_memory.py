@@ -28,6 +28,15 @@ def test_a_longer_context_and_an_installation_change_the_parts(device):
     assert installed.evictable_mb > short.evictable_mb
 
 
+def test_the_device_s_copy_of_the_back_counts(tiny):
+    front, whole = (
+        half_memory(open_bundle(tiny.bundle(split=2, **options) / "device"), 64, chunk=PREFILL_CHUNK)
+        for options in ({}, {"device_layers": "all"})
+    )
+    assert whole.parts["graphs"] > front.parts["graphs"]
+    assert whole.parts["weights, packed"] > front.parts["weights, packed"]
+
+
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_loaded(tiny, monkeypatch):
     opened = []
     monkeypatch.setattr("isthmus.devices.backend.ort.InferenceSession", lambda *_, **__: opened.append(1))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from isthmus.errors import BundleError, LinkError, RequestError
+from isthmus.quant.codec import Raw32
 from isthmus.runtime.back import BackEngine, BackSession
 from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.edge.handover import HandOver
@@ -225,7 +226,7 @@ def test_a_step_that_rolls_back_does_so_wherever_the_session_is(
 ) -> None:
     model = device(folder, server.address)
     front = model._stack.session(len(PROMPT) + NEW)
-    back = model._back(None if at is None else HandOver(at, "kv"))
+    back = model._back(Raw32(), None if at is None else HandOver(at, "kv"))
     back.open(len(PROMPT) + NEW, SAMPLED, PROMPT)
     tokens: list[int] = []
 
