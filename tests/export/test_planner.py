@@ -38,8 +38,8 @@ def accuracy_table(layers: int = LAYERS, hashes: dict[str, str] | None = None) -
         activations=0.003,
         weights={bits: (cost,) * layers for bits, cost in COST.items()},
         weights_se=dict.fromkeys(COST, 0.1),
-        embed=dict.fromkeys(COST, 0.0),
-        head=dict.fromkeys(COST, 0.0),
+        embed=dict.fromkeys((8, 16, 32), 0.0),
+        head=dict.fromkeys((8, 16, 32), 0.0),
         kv={32: (0.0,) * layers, 8: (0.0002,) * layers, 4: (0.005,) * layers},
         codecs=tuple(
             CodecPoint(split, codec, level, bits, bits, kl, kl / 20)
