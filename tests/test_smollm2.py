@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +107,34 @@ def test_every_split_over_the_wire_generates_what_the_unsplit_model_generates(
     with BackServer.from_bundle(folder / "server", "127.0.0.1:0", security=plaintext) as server:
         security = ChannelSecurity(insecure=True)
         assert greedy(EdgeModel(folder, server=server.address, security=security, codec="raw32"), prompts) == expected
+
+
+def test_a_long_generation_ends_just_above_its_predicted_peak_and_is_refused_below_it(mixed: Path) -> None:
+    with BackServer.from_bundle(mixed / "server", security=ServerSecurity(insecure=True)) as server:
+        command = [sys.executable, "-m", "isthmus.cli.main", "generate", str(mixed / "device"), "--prompt-ids", "1,2,3"]
+        command += [
+            "-n",
+            "512",
+            "--server",
+            server.address,
+            "--insecure",
+            "--codec",
+            "raw16",
+            "--context",
+            "1024",
+            "--json",
+        ]
+
+        def limited(megabytes: float) -> subprocess.CompletedProcess[str]:
+            limit = ["--memory-limit", f"{megabytes:.1f}MB"]
+            return subprocess.run([*command, *limit], capture_output=True, text=True, check=False)
+
+        predicted = float(re.search(r"this needs (\d+) MB", limited(100).stderr)[1])
+        enough, too_little = limited(1.05 * predicted), limited(0.8 * predicted)
+    assert enough.returncode == 0, enough.stderr
+    assert json.loads(enough.stdout)["new_tokens"] == 512 or json.loads(enough.stdout)["finish_reason"] == "stop"
+    assert too_little.returncode == 1  # refused, not killed
+    assert "KV cache" in too_little.stderr
 
 
 def test_the_default_recipe_stays_close_to_the_float_model(mixed: Path) -> None:
