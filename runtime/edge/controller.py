@@ -31,7 +31,7 @@ MARGIN = 2.5  # mean deviations above the predicted time; two standard deviation
 HOLD = 16  # tokens
 _LONGEST_HOLD = 512
 _HEADROOM = 0.03  # of the deadline, that a finer level must leave besides
-_SAVING = 0.01  # of the deadline, that a coarser level must save if it does not keep it
+_SAVING = 0.02  # of the deadline, that a coarser level must save if it does not keep it
 
 _SURPRISE = 4.0  # standard deviations
 _FIRST_DELAY_S, _FIRST_S_PER_BYTE = 1.0, 1e-4  # standard deviations before the first frame: 80 kbit/s
@@ -97,11 +97,6 @@ class LinkEstimator:
     def seconds(self, bytes_: float) -> float:
         """Expected time of so many bytes."""
         return self.delay_s + self.s_per_byte * bytes_
-
-    def uncertainty_s(self, bytes_: float) -> float:
-        """Standard deviation of that expectation."""
-        sizes = np.array([1.0, bytes_])
-        return float(np.sqrt(sizes @ self._covariance @ sizes))
 
     def observe(self, bytes_: int, seconds: float) -> None:
         """Learn from one frame."""
@@ -217,11 +212,7 @@ class Controller:
             self._change(level, times[self.level])
             return
         room_s = max((1 - _HEADROOM) * self.deadline_s, times[-1] + _SAVING / 2 * self.deadline_s)
-        finer = [
-            level
-            for level in range(self.level)
-            if times[level] + self.link.uncertainty_s(float(self._sizes[level])) <= room_s
-        ]
+        finer = [level for level in range(self.level) if times[level] <= room_s]
         if not finer:
             self._held = 0
             return

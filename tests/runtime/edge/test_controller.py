@@ -108,7 +108,7 @@ def test_one_hiccup_changes_nothing():
 
 
 def test_where_no_level_keeps_the_deadline_the_coarsest_is_used_if_it_helps():
-    slow = Run([(100, 90, 0.1)], deadline_ms=80)
+    slow = Run([(100, 90, 0.05)], deadline_ms=80)
     assert slow.levels[0][-50:] == [len(SIZES) - 1] * 50
     far = Run([(100, 200, 10)], deadline_ms=100, level=6)
     assert far.levels[0][-50:] == [0] * 50
