@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ...errors import RequestError
 from ...quant.codec import Codec
@@ -31,7 +31,7 @@ MARGIN = 2.5  # mean deviations above the predicted time; two standard deviation
 HOLD = 16  # tokens
 _LONGEST_HOLD = 512
 _HEADROOM = 0.03  # of the deadline, that a finer level must leave besides
-_SAVING = 0.01  # of the deadline, that a coarser level must save if it does not keep it
+_SAVING = 0.02  # of the deadline, that a coarser level must save if it does not keep it
 
 _SURPRISE = 4.0  # standard deviations
 _FIRST_DELAY_S, _FIRST_S_PER_BYTE = 1.0, 1e-4  # standard deviations before the first frame: 80 kbit/s
@@ -39,6 +39,8 @@ _DRIFT = 0.1  # of the mean deviation, by which delay and bytes' time may change
 _RATE_SPREAD = 0.1  # of a frame's time on the link, by which it varies
 _LEAST_DEVIATION_S = 2e-4
 _SIZE_WEIGHT = 1 / 16
+_SIZE_SPREAD = 2.0  # most that one frame's size counts for or against the expected one
+_SAMPLES = 4  # frames whose size is measured at every level: the first token of a text may be unlike all others
 _FRAME_BYTES = 24  # of a step beside its payload
 
 
@@ -97,11 +99,6 @@ class LinkEstimator:
     def seconds(self, bytes_: float) -> float:
         """Expected time of so many bytes."""
         return self.delay_s + self.s_per_byte * bytes_
-
-    def uncertainty_s(self, bytes_: float) -> float:
-        """Standard deviation of that expectation."""
-        sizes = np.array([1.0, bytes_])
-        return float(np.sqrt(sizes @ self._covariance @ sizes))
 
     def observe(self, bytes_: int, seconds: float) -> None:
         """Learn from one frame."""
@@ -174,9 +171,9 @@ class Controller:
         self._hold = HOLD
         self._finer_at: int | None = None  # token of the last change to a finer level
 
-    def expect(self, sizes: Sequence[int]) -> None:
+    def expect(self, sizes: ArrayLike) -> None:
         """Learn how many bytes one token's payload takes at each level."""
-        self._sizes = np.array(sizes, np.float64) + _FRAME_BYTES
+        self._sizes = np.asarray(sizes, np.float64) + _FRAME_BYTES
 
     def predicted_s(self, level: int) -> float:
         """Expected time of a token at a level."""
@@ -198,7 +195,8 @@ class Controller:
             self._server.add(server_s)
             if self._tokens > 1:  # before, the expectation knows neither device nor server
                 self._residual.add(device_s + server_s + link_s - expected_s)
-            self._sizes *= 1 + _SIZE_WEIGHT * (bytes_up / self._sizes[self.level] - 1)
+            ratio = float(np.clip(bytes_up / self._sizes[self.level], 1 / _SIZE_SPREAD, _SIZE_SPREAD))
+            self._sizes *= 1 + _SIZE_WEIGHT * (ratio - 1)
         self.link.observe(bytes_up, max(0.0, link_s))
         self._tokens += 1
         if not prompt:
@@ -217,11 +215,7 @@ class Controller:
             self._change(level, times[self.level])
             return
         room_s = max((1 - _HEADROOM) * self.deadline_s, times[-1] + _SAVING / 2 * self.deadline_s)
-        finer = [
-            level
-            for level in range(self.level)
-            if times[level] + self.link.uncertainty_s(float(self._sizes[level])) <= room_s
-        ]
+        finer = [level for level in range(self.level) if times[level] <= room_s]
         if not finer:
             self._held = 0
             return
@@ -256,7 +250,7 @@ class PacedCodec:
     def __init__(self, codecs: Sequence[Codec], controller: Controller) -> None:
         self._codecs = codecs
         self._controller = controller
-        self._measured = False
+        self._sizes: list[list[int]] = []
 
     @property
     def name(self) -> str:
@@ -264,11 +258,11 @@ class PacedCodec:
         return self._codecs[0].name
 
     def encode(self, hidden: NDArray[np.float32], token_ids: Sequence[int] = ()) -> bytes:
-        """Encode at the controller's level; the first time, tell it what the frame's last token takes at each."""
-        if not self._measured:
+        """Encode at the controller's level; of the first frames, tell it what the last token takes at every level."""
+        if len(self._sizes) < _SAMPLES:
             last = hidden[-1:], token_ids[-1:]
-            self._controller.expect([len(codec.encode(*last)) for codec in self._codecs])
-            self._measured = True
+            self._sizes.append([len(codec.encode(*last)) for codec in self._codecs])
+            self._controller.expect(np.median(self._sizes, axis=0))
         return self._codecs[self._controller.level].encode(hidden, token_ids)
 
     def decode(self, payload: bytes, tokens: int, d_model: int) -> NDArray[np.float32]:

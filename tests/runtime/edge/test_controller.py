@@ -108,7 +108,7 @@ def test_one_hiccup_changes_nothing():
 
 
 def test_where_no_level_keeps_the_deadline_the_coarsest_is_used_if_it_helps():
-    slow = Run([(100, 90, 0.1)], deadline_ms=80)
+    slow = Run([(100, 90, 0.05)], deadline_ms=80)
     assert slow.levels[0][-50:] == [len(SIZES) - 1] * 50
     far = Run([(100, 200, 10)], deadline_ms=100, level=6)
     assert far.levels[0][-50:] == [0] * 50
@@ -190,6 +190,23 @@ def test_a_paced_codec_encodes_at_the_controllers_level_and_tells_it_the_sizes()
     assert controller.predicted_s(0) > controller.predicted_s(6)
     controller.level = 6
     assert codec.encode(hidden[:1], [1]) == bytes([6]) * SIZES[6]
+
+
+class SinkCodec(SizedCodec):
+    """Sends its first token raw, as klt does with an attention sink."""
+
+    def encode(self, hidden: Any, token_ids: Any = ()) -> bytes:
+        return bytes(1152) if token_ids[-1] == 0 else super().encode(hidden, token_ids)
+
+
+def test_a_first_token_unlike_the_others_does_not_fix_the_sizes():
+    controller = Controller(1.0, level=3, levels=7)
+    codec = PacedCodec([SinkCodec(level) for level in range(7)], controller)
+    for token in range(5):
+        codec.encode(np.zeros((1, 4), np.float32), [token])
+        link_s = 0.04 + 1e-5 * (1176 if token == 0 else SIZES[3] + 24)
+        controller.observe(bytes_up=1176 if token == 0 else SIZES[3] + 24, device_s=0, server_s=0, link_s=link_s)
+    assert controller.predicted_s(0) - controller.predicted_s(6) == pytest.approx(1e-5 * (SIZES[0] - SIZES[6]), rel=0.2)
 
 
 PROMPT = "A prompt of bytes."
