@@ -24,7 +24,7 @@ from .progress import Progress
 from .validate import FloatModel, Hidden
 
 FRAME = 128  # tokens of a prefill's frame
-SINGLES = 4  # one token in so many is coded in a frame of its own
+SINGLES = 4  # one token in so many is coded in a frame of its own, but never a text's first: it belongs to a prompt
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def _coded(codec: Codec, states: Sequence[Hidden], windows: Sequence[Sequence[in
             payload = codec.encode(rows, tokens)
             sent += len(payload)
             parts.append(rows if like else codec.decode(payload, *rows.shape))
-        for at in range(0, len(ids), SINGLES):
+        for at in range(SINGLES, len(ids), SINGLES):
             single += len(codec.encode(hidden[at : at + 1], ids[at : at + 1]))
             singles += 1
         received.append(np.concatenate(parts))
