@@ -19,9 +19,9 @@ WEIGHTS_HELP = (
 KV_BITS = (4, 8, 32)
 
 
-def _split(text: str) -> int | None:
+def _split(text: str) -> int | str:
     if text == "all":
-        return None
+        return text  # not None: argparse takes an option's default for an option that was not given
     try:
         return int(text)
     except ValueError:
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
     kv_bits = 32 if args.kv_bits is None else args.kv_bits
     options = {
-        "split": args.split,
+        "split": None if args.split == "all" else args.split,
         "front_bits": 4 if args.front_bits is None else args.front_bits,
         "back_bits": 8 if args.back_bits is None else args.back_bits,
         "front_kv_bits": kv_bits if args.front_kv_bits is None else args.front_kv_bits,

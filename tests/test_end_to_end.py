@@ -231,3 +231,11 @@ def test_export_and_inspect_print_the_same_manifest(tiny, environment, tmp_path)
     report = json.loads(exported.stdout)["validation"]
     assert f"top-1 agreement {report['top1_agreement']:.4f}" in table.stdout
     assert np.isfinite(report["kl"])
+
+
+def test_export_keeps_the_whole_model_on_the_device_if_told_to(tiny, environment, tmp_path):
+    options = ["--split", "all", "--calibration-tokens", "0", "--json"]
+    exported = run(environment, "export", tiny.checkpoint(), "-o", tmp_path / "out", *options)
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads(exported.stdout)["split"] == 4
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["device"]
