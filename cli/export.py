@@ -34,7 +34,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to create; must not exist")
     cut = parser.add_mutually_exclusive_group(required=True)
     cut.add_argument(
-        "--split", type=_split, metavar="N|all", help="layers on the device; `all` keeps every layer there"
+        "--split",
+        type=_split,
+        metavar="N|all",
+        help="layers on the device; `all` keeps every layer there, 0 the whole model on the server, to which the "
+        "device then sends token ids",
     )
     cut.add_argument(
         "--plan",

@@ -195,6 +195,11 @@ class Manifest:
         """Whether the whole model lies on the device."""
         return self.split == self.architecture.layers
 
+    @property
+    def server_only(self) -> bool:
+        """Whether the whole model lies on the server, embedding included: the device sends token ids."""
+        return self.split == 0
+
     def half_layers(self, half: Half) -> int:
         """Layers of one half."""
         return self.split if half == "device" else self.architecture.layers - self.split

@@ -72,6 +72,16 @@ def test_raw32_over_tls_gives_the_tokens_of_the_unsplit_model(tiny, environment,
     assert {token["source"] for token in alone["tokens"]} == {"local"}
 
 
+@pytest.mark.parametrize("options", [[], ["--temperature", "1.1", "--top-p", "0.95", "--seed", "7"]])
+def test_token_ids_over_tls_give_the_tokens_of_the_unsplit_model(tiny, environment, options):
+    alone = generate(environment, tiny.bundle(bits=4) / "device", *options)
+    folder = tiny.bundle(bits=4, split=0)
+    with serve(environment, folder / "server") as (address, trust):
+        together = generate(environment, folder / "device", "--server", address, *trust, *options)
+    assert together["token_ids"] == alone["token_ids"]
+    assert together["codec"] == "ids"
+
+
 def test_sampling_with_a_seed_is_the_same_alone_and_split(tiny, environment):
     options = ["--temperature", "1.1", "--top-p", "0.95", "--repetition-penalty", "1.2", "--seed", "7"]
     alone = generate(environment, tiny.bundle(bits=4) / "device", *options)
@@ -212,7 +222,7 @@ def test_export_command_refuses_an_existing_folder_and_a_wrong_split(tiny, envir
     assert exists.returncode == 1
     assert "exists" in exists.stderr
     out = tmp_path / "out"
-    for split in ("0", "5"):
+    for split in ("-1", "5"):
         wrong = run(environment, "export", model, "-o", out, "--split", split)
         assert wrong.returncode == 1
         assert f"split {split}" in wrong.stderr

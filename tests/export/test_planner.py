@@ -18,6 +18,8 @@ from isthmus.export.grid import Grid, Limits
 from isthmus.export.plan import read_plan
 from isthmus.export.planner import export_options, make_plan, search
 from isthmus.runtime.bundle import Architecture, open_bundle
+from isthmus.runtime.server.server import BackServer
+from isthmus.runtime.wire.security import ServerSecurity
 
 LAYERS = 6
 ARCH = Architecture("llama", LAYERS, 576, 9, 3, 64, 1536, 49152, 1e-5, 1e4, 8192, tied_embeddings=True)
@@ -151,6 +153,13 @@ def test_a_hand_over_needs_the_memory_of_all_layers_and_its_worst_token_waits_fo
     assert moved.worst_ms > moved.ms_per_token
 
 
+def test_sending_token_ids_costs_what_a_step_of_them_does_and_needs_no_weights(everything):
+    candidates = [c for c in everything if c.mode == "server-only"]
+    assert {(c.split, c.codec, c.level, c.bytes_per_token) for c in candidates} == {(0, "ids", -1, 23)}
+    one = min(c.memory_mb for c in everything if c.mode == "split")
+    assert all(c.memory_mb < one for c in candidates)
+
+
 def test_without_a_server_only_the_device_is_planned():
     assert {c.mode for c in grid(server=None).candidates()} == {"device-only"}
 
@@ -224,6 +233,27 @@ def test_generate_follows_a_plan_and_refuses_another_bundle_s(measured, tiny, tm
     other = tiny.bundle(bits=8 if bits != 8 else 4)
     assert main(["generate", str(other / "device"), "-p", "x", "--plan", str(path)]) == 1
     assert "this bundle" in capsys.readouterr().err
+
+
+def test_a_plan_to_send_token_ids_is_exported_and_followed(measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    model, cache = measured
+    path, folder = tmp_path / "plan.toml", tmp_path / "out"
+    command = ["plan", model, "--device", "raspberry-pi-4", "--server", "cpu-server", "--link", "wifi"]
+    command += ["--cache", str(cache), "--context", "64", "--prompt-tokens", "8", "--max-drop", "50%"]
+    assert main([*command, "--deadline", "1s", "--mode", "server-only", "-o", str(path)]) == 0
+    assert "isthmus export --plan FILE" in capsys.readouterr().out
+    assert export_options(path, model)["split"] == 0
+    assert main(["export", model, "-o", str(folder), "--plan", str(path)]) == 0
+    read_plan(path).check_bundle(open_bundle(folder / "device").manifest)
+    capsys.readouterr()
+    with BackServer.from_bundle(folder / "server", security=ServerSecurity(insecure=True)) as server:
+        reached = ["--server", server.address, "--insecure", "--plan", str(path)]
+        assert main(["generate", str(folder / "device"), "-p", "x", "-n", "4", *reached, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["codec"] == "ids"
+    assert result["deadline_ms"] is None  # there is no level to keep it with
 
 
 def test_a_plan_for_another_model_is_refused(measured, tiny, tmp_path):
