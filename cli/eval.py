@@ -47,7 +47,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL|DIR",
         help="a checkpoint as `isthmus export` takes it, or a bundle (default: the bundle's checkpoint; a task: none)",
     )
-    parser.add_argument("--codec", metavar="NAME[,NAME]", help="raw32, raw16, tabq, klt (default tabq)")
+    parser.add_argument(
+        "--codec",
+        metavar="NAME[,NAME]",
+        help="raw32, raw16, tabq, klt (default tabq; of a bundle of --split 0 ids, all that it has)",
+    )
     parser.add_argument("--level", metavar="N[,N]|all", help="of the codec, from 0, the finest (default 2)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what is kept over what is sent: .png or .svg")
     parser.add_argument(
@@ -71,11 +75,12 @@ def run(args: argparse.Namespace) -> int:
     _check_options(args)
     if args.for_plan:
         return _for_plan(args)
-    names = _names("tabq" if args.codec is None else args.codec)
+    names = None if args.codec is None else _names(args.codec)
     levels = _levels(args.level)
     chain = Chain.open(args.bundle, args.back, threads=args.threads)
     if args.plot:
         check_plot(args.plot, device_only=chain.manifest.device_only)
+    names = names or ["ids" if chain.manifest.server_only else "tabq"]
     codecs = chain.codecs(names, levels)
     with progress_bar() as progress:
         measure = _text if args.text else _task

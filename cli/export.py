@@ -20,9 +20,9 @@ KV_BITS = (4, 8, 32)
 DEVICE_LAYERS = ("front", "all")
 
 
-def _split(text: str) -> int | None:
+def _split(text: str) -> int | str:
     if text == "all":
-        return None
+        return text  # not None: argparse takes an option's default for an option that was not given
     try:
         return int(text)
     except ValueError:
@@ -35,7 +35,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to create; must not exist")
     cut = parser.add_mutually_exclusive_group(required=True)
     cut.add_argument(
-        "--split", type=_split, metavar="N|all", help="layers on the device; `all` keeps every layer there"
+        "--split",
+        type=_split,
+        metavar="N|all",
+        help="layers on the device; `all` keeps every layer there, 0 the whole model on the server, to which the "
+        "device then sends token ids",
     )
     cut.add_argument(
         "--plan",
@@ -102,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
     kv_bits = 32 if args.kv_bits is None else args.kv_bits
     options = {
-        "split": args.split,
+        "split": None if args.split == "all" else args.split,
         "device_layers": args.device_layers or "front",
         "front_bits": 4 if args.front_bits is None else args.front_bits,
         "back_bits": 8 if args.back_bits is None else args.back_bits,

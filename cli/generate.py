@@ -25,7 +25,10 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     trust.add_argument("--tls-ca", metavar="FILE", help="certificate (authority) to trust instead of the system's")
     trust.add_argument("--insecure", action="store_true", help="plaintext, for trusted links only")
     parser.add_argument(
-        "--codec", metavar="NAME", help="raw32, raw16, tabq or klt (default: klt if export calibrated it, else tabq)"
+        "--codec",
+        metavar="NAME",
+        help="raw32, raw16, tabq or klt (default: klt if export calibrated it, else tabq; where the whole model is on "
+        "the server, ids)",
     )
     parser.add_argument("--level", type=int, metavar="N", help="of the codec, from 0, the finest (default 2)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
@@ -154,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
 def _follow_plan(args: argparse.Namespace, deadline_ms: float | None) -> float | None:
     """Fill options that were not given from a plan for this bundle; the deadline in ms."""
     from ..export.plan import read_plan
+    from ..quant.codec import UNLEVELED
     from ..runtime.bundle import open_bundle
 
     plan = read_plan(args.plan)
@@ -164,7 +168,7 @@ def _follow_plan(args: argparse.Namespace, deadline_ms: float | None) -> float |
     args.context = plan.context if args.context is None else args.context
     if chosen.hand_over_at and args.hand_over_at is None:
         args.hand_over_at, args.send = chosen.hand_over_at, args.send or chosen.send
-    has_levels = args.codec is not None and not args.codec.startswith("raw")
+    has_levels = args.codec is not None and args.codec not in UNLEVELED
     return plan.deadline_ms if deadline_ms is None and has_levels else deadline_ms
 
 

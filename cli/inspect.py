@@ -41,11 +41,10 @@ def print_manifest(manifest: Manifest, *, as_json: bool) -> None:
         return
     arch, report = manifest.architecture, manifest.validation
     differences = report.get("segments", {})
-    where = (
-        "the whole model on the device"
-        if manifest.device_only
-        else f"layers 0–{manifest.split - 1} on the device, {manifest.split}–{arch.layers - 1} on the server"
-    )
+    if manifest.device_only or manifest.server_only:
+        where = f"the whole model on the {'device' if manifest.device_only else 'server'}"
+    else:
+        where = f"layers 0–{manifest.split - 1} on the device, {manifest.split}–{arch.layers - 1} on the server"
     if manifest.whole_on_device and not manifest.device_only:
         where += ", which the device has, too"
     print(f"{manifest.source.name} ({arch.family}, {arch.layers} layers, d_model {arch.d_model}): {where}")
@@ -78,6 +77,7 @@ def print_manifest(manifest: Manifest, *, as_json: bool) -> None:
     cached = [
         f"{half} {spec.token_bytes(manifest.half_layers(half))} bytes ({spec.bits} bit)"
         for half, spec in manifest.kv.items()
+        if manifest.half_layers(half)
     ]
     if manifest.whole_on_device and len(manifest.kv) > 1:
         both = sum(spec.token_bytes(manifest.half_layers(half)) for half, spec in manifest.kv.items())
@@ -104,7 +104,7 @@ def bits_per_weight(manifest: Manifest) -> float:
     attention = arch.d_model * arch.head_dim * (2 * arch.heads + 2 * arch.kv_heads)
     layers = arch.layers * (attention + 3 * arch.d_model * arch.d_ff)
     vocabulary = arch.vocab_size * arch.d_model
-    shared = arch.tied_embeddings and _embedding_is_shared(manifest)
+    shared = _embedding_is_shared(manifest)
     counted = [segment for segment in manifest.segments if not (shared and segment.kind == "embed")]
     stored = sum(record.bytes for segment in counted for record in segment.tensors.values())
     return 8 * stored / (layers + vocabulary * (1 if shared else 2))

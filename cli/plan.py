@@ -132,7 +132,8 @@ def _tables(report: PlanReport) -> str:
     if report.chosen.mode == "server-only":
         lines += [
             "",
-            "Sending token ids to a server with the whole model is faster here than any cut; Isthmus adds nothing.",
+            "Sending token ids to a server with the whole model beats every cut here. `isthmus export --plan FILE`, or",
+            "--split 0, makes it a bundle whose device half holds no weights; serve and generate run it as any other.",
         ]
     return "\n".join(lines)
 

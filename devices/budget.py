@@ -118,12 +118,14 @@ def estimate_memory(needs: MemoryNeeds, *, process_mb: float = INTERPRETER_MB) -
     """
     weights = [weight for graph in needs.graphs for weight in graph]
     prepacked = sum(weight.prepacked_bytes for weight in weights)
-    # Chunk rows of the residual stream, of gate, up and their product, and of queries, keys and values.
+    # Chunk rows of the residual stream, of gate, up and their product, and of queries, keys and values. Without graphs
+    # there is the residual stream alone, in its two buffers.
     row = 6 * needs.d_model + 4 * needs.d_ff + 2 * needs.qkv_width + SCORE_ROWS * needs.positions
+    arena_mb, row = (ARENA_MB, row) if needs.graphs else (0.0, 2 * needs.d_model)
     logits = 4 * 4 * needs.vocab_size  # float32 of one token, and what the choice among them computes
     running = {
         f"KV cache, {needs.positions} positions": needs.kv_bytes / 1e6,
-        f"activations, chunks of {needs.chunk}": ARENA_MB + (4 * needs.chunk * row + logits) / 1e6,
+        f"activations, chunks of {needs.chunk}": arena_mb + (4 * needs.chunk * row + logits) / 1e6,
     }
     # A weight is mapped while it is packed; by the time that the caches fill it is dropped.
     loading = 0.0 if needs.installed else max((weight.bytes for weight in weights), default=0) / 1e6

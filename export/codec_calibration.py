@@ -8,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors import CodecError
-from ..quant.codec import CODECS
 from ..quant.klt import KLTTables
 from ..quant.opsc import Recipe
 from ..quant.tabq_rans import TabQTables
@@ -30,7 +29,7 @@ LEAST_TOKENS = 256
 
 logger = logging.getLogger(__name__)
 
-UNCALIBRATED = tuple(name for name in CODECS if name not in ("tabq-rans", "klt"))
+UNCALIBRATED: tuple[str, ...] = ("raw32", "raw16", "tabq")
 
 
 def calibrate_codecs(
@@ -75,7 +74,7 @@ def calibrate_codecs(
     for half in ("device", "server"):
         klt.save(root / half)
         tabq.save(root / half)
-    return CODECS
+    return (*UNCALIBRATED, "tabq-rans", "klt")
 
 
 def fit_codecs(

@@ -17,6 +17,7 @@ from .._version import __version__
 from ..devices.backend import MINIMUM_ONNXRUNTIME
 from ..errors import ExportError
 from ..quant.allocation import mixed
+from ..quant.ids import Ids
 from ..quant.kv import KVScales
 from ..quant.opsc import CALIBRATED, Recipe
 from ..runtime.bundle import (
@@ -85,11 +86,11 @@ def export_bundle(
     Args:
         model: a checkpoint folder, a ``.gguf`` file, a catalog name or a hub id.
         out: folder to create; it must not exist.
-        split: layers on the device, from 1; None keeps the whole model there.
+        split: layers on the device; None keeps the whole model there, 0 on the server.
         device_layers: ``all`` gives the device a copy of the server's layers and of the head, so that it can generate
-            alone and move a session to the server and back (`isthmus.runtime.edge.handover`).
-        front_bits: weight bits of the device's layers: 2, 4, 8, 16 or 32.
-        back_bits: weight bits of the server's layers.
+            alone and move a session to the server and back (`isthmus.runtime.edge.handover`); needs both halves.
+        front_bits: weight bits of the device's layers: 2, 4, 8, 16 or 32; not looked at where it has none.
+        back_bits: weight bits of the server's layers; likewise.
         embed_bits: bits of the embedding table; by default 8, or more if the front has more.
         head_bits: bits of the vocabulary head; by default 8, or more if the back has more.
         block_size: weights that share a scale: 16, 32, 64 or 128, see `isthmus.quant.opsc.BLOCK_SIZES`.
@@ -125,21 +126,27 @@ def export_bundle(
     arch: Architecture = family.architecture(checkpoint.config)
     check_tensors(checkpoint, arch, (family.tensors(arch, layer) for layer in range(arch.layers)))
     split = arch.layers if split is None else split
+    if split == 0:
+        front_bits, front_kv_bits = back_bits, back_kv_bits
+    elif split == arch.layers:
+        back_bits, back_kv_bits = front_bits, front_kv_bits
     recipe = Recipe(
         layers=arch.layers,
         split=split,
         front_bits=front_bits,
-        back_bits=back_bits if split < arch.layers else front_bits,
+        back_bits=back_bits,
         embed_bits=max(8, front_bits) if embed_bits is None else embed_bits,
-        head_bits=max(8, back_bits if split < arch.layers else front_bits) if head_bits is None else head_bits,
+        head_bits=max(8, back_bits) if head_bits is None else head_bits,
         block_size=block_size,
         weights=weights,
         symmetric=symmetric,
         front_kv_bits=front_kv_bits,
-        back_kv_bits=back_kv_bits if split < arch.layers else front_kv_bits,
+        back_kv_bits=back_kv_bits,
     )
     if device_layers not in get_args(DeviceLayers):
         raise ExportError(f"device_layers={device_layers!r}: must be one of {', '.join(get_args(DeviceLayers))}")
+    if device_layers == "all" and not split:
+        raise ExportError("device_layers=all with split 0: there is no front to hand over from; choose a split from 1")
     if layers_per_block < 1:
         raise ExportError(f"layers_per_block={layers_per_block}: must be at least 1")
     max_length = min(DEFAULT_MAX_LENGTH, arch.max_positions) if max_length is None else max_length
@@ -220,8 +227,8 @@ def export_bundle(
             whole_on_device=device_layers == "all",
         )
         segments = writer.write(progress)
-        codecs = UNCALIBRATED
-        if recipe.split < recipe.layers:
+        codecs = UNCALIBRATED if recipe.split else (Ids.name,)
+        if 0 < recipe.split < recipe.layers:
             codecs = calibrate_codecs(root, segments, checkpoint, family, arch, recipe, windows(), progress)
         manifest = _manifest(root, checkpoint, tokenizer, arch, recipe, segments, max_length, codecs)
         outside = None

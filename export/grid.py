@@ -17,6 +17,7 @@ from ..devices.budget import INTERPRETER_MB, MemoryNeeds, estimate_memory
 from ..devices.link import LinkProfile
 from ..devices.profile import DeviceProfile
 from ..errors import PlanError
+from ..quant.ids import Ids, id_bytes
 from ..runtime.bundle import Architecture
 from .accuracy import AccuracyTable, drop_percent
 from .footprint import Footprint, default_head_bits
@@ -29,9 +30,9 @@ SERVER_CHUNK = 512  # tokens of the largest frame that a server takes
 HAND_OVERS = (0.25, 0.5, 0.75)  # of the new tokens
 
 FRAMING_BYTES = 26  # of a step beside its payload
+IDS_FRAMING_BYTES = 21  # where that is a few token ids; 19 before position 128
 RESULT_BYTES = 34  # of its answer
 PACKET_BYTES = 90  # of TLS, HTTP/2, TCP and IP around either
-ID_BYTES = 4
 RPC_MS = 0.9  # gRPC and both loops, on one machine
 CONNECT_ROUND_TRIPS = 3  # TCP, TLS, Hello and Open together
 LINK_UNCERTAINTY = 0.1
@@ -195,11 +196,13 @@ class Grid:
 
     def _server_only(self) -> Iterator[Candidate]:
         layers, new, speed = self.arch.layers, self.limits, self._server_speed
-        sent = FRAMING_BYTES + ID_BYTES
-        network = self._transfer(sent, up=True) + self._transfer(RESULT_BYTES, up=False) + RPC_MS
-        first = self._transfer(FRAMING_BYTES + ID_BYTES * new.prompt_tokens, up=True) + self._transfer(
-            RESULT_BYTES, up=False
+        chunks = -(-new.prompt_tokens // CHUNK)
+        sent, prompt = (
+            IDS_FRAMING_BYTES * steps + id_bytes(self.arch.vocab_size) * tokens
+            for steps, tokens in ((1, 1), (chunks, new.prompt_tokens))
         )
+        network = self._transfer(sent, up=True) + self._transfer(RESULT_BYTES, up=False) + RPC_MS
+        first = self._transfer(prompt, up=True) + self._transfer(RESULT_BYTES, up=False) + RPC_MS
         for bits in BACK_BITS:
             head_bits = default_head_bits(bits)
             compute = layers * speed.decode_layer(bits, new.context) + speed.calls(layers) + speed.head(head_bits)
@@ -212,10 +215,10 @@ class Grid:
                 front_bits=bits,
                 back_bits=bits,
                 kv_bits=32,
-                codec="none",
+                codec=Ids.name,
                 level=-1,
                 draft_length=0,
-                memory_mb=INTERPRETER_MB,
+                memory_mb=self._device_memory((), 32, None),
                 server_memory_mb=self._server_memory(layers, bits, head_bits),
                 ttft_ms=CONNECT_ROUND_TRIPS * self.link.rtt_ms + first + prefill,
                 ms_per_token=ms,
@@ -484,6 +487,7 @@ class Grid:
         self, layers: tuple[tuple[int, int], ...], kv_bytes: int, head_bits: int | None, chunk: int, tokenizer: bool
     ) -> float:
         arch, footprint = self.arch, self._footprint
+        count = sum(number for number, _ in layers)
         graphs = [
             footprint.layer_weights[bits] * min(LAYERS_PER_BLOCK, number - first)
             for number, bits in layers
@@ -501,7 +505,7 @@ class Grid:
             qkv_width=footprint.qkv_width,
             vocab_size=arch.vocab_size if head_bits is not None else 0,
             tokenizer_size=arch.vocab_size if tokenizer else 0,
-            tables_bytes=0 if head_bits is not None and tokenizer else TABLE_MATRICES * 4 * arch.d_model**2,
+            tables_bytes=TABLE_MATRICES * 4 * arch.d_model**2 if 0 < count < arch.layers else 0,
         )
         return estimate_memory(needs).total_mb
 

@@ -28,7 +28,7 @@ class Candidate:
             until position ``hand_over_at``, then split.
         split: first layer on the server; the number of layers if there is none there, 0 if all are.
         kv_bits: of the device's KV cache; the server's is float32.
-        codec: of the hidden states, ``none`` where none are sent.
+        codec: of the hidden states, ``ids`` where token ids are sent, ``none`` where nothing is.
         level: of the codec, -1 where it has none.
         draft_length: tokens drafted for each round trip.
         memory_mb: resident memory of the device's process at its peak.

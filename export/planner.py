@@ -144,17 +144,13 @@ def export_options(
     """Arguments of `isthmus.export.export.export_bundle` that follow a plan file.
 
     Raises:
-        PlanError: it cannot be read, is for another model, or leaves nothing to export.
+        PlanError: it cannot be read, or is for another model.
         ModelError: the checkpoint cannot be found.
     """
     read = read_plan(plan)
     checkpoint = open_checkpoint(resolve_model(model, cache=Path(cache) if cache else None, offline=offline))
     read.check_model(checkpoint.name, checkpoint.file_hashes())
     chosen = read.chosen
-    if chosen.mode == "server-only":
-        raise PlanError(
-            f"{plan}: the plan is to send token ids to a server with the whole model; there is nothing to cut"
-        )
     return {
         "split": None if chosen.mode == "device-only" else chosen.split,
         "device_layers": "all" if chosen.mode == "hand-over" else "front",

@@ -92,12 +92,13 @@ class SegmentWriter:
     def _embedding(self, head: Segment) -> Segment:
         """The embedding table, or a pointer into the head's file where both are the same packed bytes."""
         recipe = self.recipe
-        head_is_near = head.half == "device" or self.whole_on_device
+        half: Half = "device" if recipe.split else "server"
+        head_is_near = head.half == half or self.whole_on_device
         shared = self.arch.tied_embeddings and head_is_near and recipe.embed_bits == recipe.head_bits
         common: dict[str, Any] = {
             "name": "embed",
             "kind": "embed",
-            "half": "device",
+            "half": half,
             "bits": recipe.embed_bits,
             "block_size": recipe.block_size,
         }
@@ -111,7 +112,7 @@ class SegmentWriter:
                 **common,
             )
         offsets = []
-        with (self.root / "device" / "embed.data").open("wb") as file:
+        with (self.root / half / "embed.data").open("wb") as file:
             arrays, stored = self._embedding_arrays()
             for array in arrays:
                 file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from ..errors import CodecError
 from .checks import check_finite, check_shape, finite_hidden
 
-CODECS = ("raw32", "raw16", "tabq", "tabq-rans", "klt")  # the last two only where export calibrated them
+# ``tabq-rans`` and ``klt`` only where export calibrated them; ``ids`` alone where the device holds no layers.
+CODECS = ("raw32", "raw16", "tabq", "tabq-rans", "klt", "ids")
+UNLEVELED = ("raw32", "raw16", "ids")
 
 
 class Codec(Protocol):
@@ -28,7 +30,7 @@ class Codec(Protocol):
     def encode(self, hidden: NDArray[np.float32], token_ids: Sequence[int] = ()) -> bytes:
         """Encode finite hidden states of these tokens; raises `CodecError` on NaN or infinity.
 
-        Only codecs that predict a hidden state from its token need ``token_ids``.
+        Only codecs that predict a hidden state from its token, or send that alone, need ``token_ids``.
         """
         ...
 

@@ -95,10 +95,10 @@ class Recipe:
     exceptions: Mapping[str, Precision] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.split <= self.layers:
+        if not 0 <= self.split <= self.layers:
             raise ExportError(
-                f"split {self.split}: must lie between 1 and {self.layers}, the model's number of layers; "
-                "`--split all` keeps the whole model on the device"
+                f"split {self.split}: must lie between 0 and {self.layers}, the model's number of layers; 0 keeps the "
+                "whole model on the server, `--split all` on the device"
             )
         if self.weights not in RECIPES:
             raise ExportError(f"weights={self.weights!r}: must be one of {', '.join(RECIPES)}")

@@ -200,6 +200,11 @@ class Manifest:
         """Whether the device holds every layer, be it that the server has a half, too: the same bytes."""
         return self.device_only or set(self.files["server"]) <= set(self.files["device"])
 
+    @property
+    def server_only(self) -> bool:
+        """Whether the whole model lies on the server, embedding included: the device sends token ids."""
+        return self.split == 0
+
     def half_layers(self, half: Half) -> int:
         """Layers of one half."""
         return self.split if half == "device" else self.architecture.layers - self.split

@@ -42,9 +42,9 @@ class Chain:
         """
         self.manifest = manifest = device.manifest
         self.manifest_sha256 = device.manifest_sha256
-        self._bundle = device
         if server is None and manifest.whole_on_device and not manifest.device_only:
             server = device.own_back()
+        self._bundle = server or device  # the half that decodes
         if server is None and not manifest.device_only:
             raise BundleError(
                 f"{device.folder}: layers {manifest.split}–{manifest.architecture.layers - 1} lie in the server half; "
@@ -58,7 +58,7 @@ class Chain:
         self.tokenizer = Tokenizer.from_file(
             device.path("tokenizer.json"), manifest.chat_template, manifest.special_tokens, manifest.end_tokens
         )
-        self._embedding = Embedding(device)
+        self._embedding = Embedding(server if server and manifest.server_only else device)
         self._front = LayerStack(device, threads).session(manifest.max_length)
         self._back = LayerStack(server, threads).session(manifest.max_length) if server else None
         self._head = Head(server or device, threads)

@@ -6,17 +6,21 @@ from collections.abc import Sequence
 
 from ..errors import CodecError
 from ..quant.codec import CODECS, Codec, Raw16, Raw32
+from ..quant.ids import Ids
 from ..quant.klt import KLT, KLTTables
 from ..quant.tabq import TOLERANCES, TabQ
 from ..quant.tabq_rans import TabQRans, TabQTables
 from ..quant.trellis import has_native
 from .bundle import Bundle
+from .segments import Embedding
 
 DEFAULT_LEVEL = 2
 
 
 def default_codec(bundle: Bundle) -> str:
     """The codec to use where none is asked for: the one that sends least for its errors."""
+    if bundle.manifest.server_only:
+        return "ids"
     return "klt" if "klt" in bundle.manifest.codecs and has_native() else "tabq"
 
 
@@ -24,9 +28,9 @@ def open_codec(bundle: Bundle, name: str, level: int | None = None) -> Codec:
     """Make a codec for the hidden states at a bundle's split.
 
     Args:
-        bundle: either half; both give codecs that understand each other.
+        bundle: either half; both give codecs that understand each other. ``ids`` decodes on the server's alone.
         name: one of those that the manifest lists.
-        level: from 0, the finest; by default `DEFAULT_LEVEL`. ``raw32`` and ``raw16`` have none. What encodes
+        level: from 0, the finest; by default `DEFAULT_LEVEL`. ``raw32``, ``raw16`` and ``ids`` have none. What encodes
             needs it; a payload says itself how to decode it.
 
     Raises:
@@ -52,6 +56,8 @@ def open_levels(bundle: Bundle, name: str) -> tuple[Codec, ...]:
             return (Raw32(),)
         case "raw16":
             return (Raw16(),)
+        case "ids":
+            return (Ids(arch.vocab_size, Embedding(bundle).rows if bundle.segments("embed") else None),)
         case "klt":
             klt = KLTTables.load(bundle.folder, d_model=arch.d_model, vocab_size=arch.vocab_size)
             return tuple(KLT(klt, level) for level in range(len(klt.levels)))

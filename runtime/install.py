@@ -46,10 +46,14 @@ def install_bundle(
         progress: called before each graph.
 
     Raises:
-        BundleError: no intact half there, or its folder cannot be written to.
+        BundleError: no intact half there, one without weights, or its folder cannot be written to.
     """
     bundle = open_bundle(folder, half, use_installed=False)
     segments = [segment for half in bundle.with_own_back() for segment in half.segments() if segment.graph_file]
+    if not segments:
+        raise BundleError(
+            f"{bundle.folder}: this half holds no weights to pack, and needs no installation; install the server half"
+        )
     staging = bundle.path(f".{INSTALLED}.partial-{os.getpid()}")
     try:
         staging.mkdir()

@@ -54,9 +54,7 @@ class Embedding:
         Raises:
             RequestError: an id outside the vocabulary.
         """
-        for token in (min(token_ids), max(token_ids)):
-            if not 0 <= token < self._vocab_size:
-                raise RequestError(f"token id {token}: must lie between 0 and {self._vocab_size - 1}")
+        _check_ids(token_ids, self._vocab_size)
         stored = self._rows[token_ids]
         if self._bits not in PACKED_BITS:
             return stored.astype(np.float32)
@@ -64,6 +62,25 @@ class Embedding:
         zero_points = None if self._zero_points is None else self._zero_points[token_ids]
         codes = stored.reshape(*scales.shape, -1)
         return dequantize(PackedWeight(codes, scales, self._d_model, self._bits, self._block_size, zero_points))
+
+
+class AbsentEmbedding:
+    """Stands for the embedding on a device whose server holds it: checks ids, and gives rows that nothing reads."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        arch = bundle.manifest.architecture
+        self._vocab_size, self._d_model = arch.vocab_size, arch.d_model
+
+    def rows(self, token_ids: list[int]) -> NDArray[np.float32]:
+        """Zeros ``[tokens, d_model]``; raises `RequestError` on an id outside the vocabulary."""
+        _check_ids(token_ids, self._vocab_size)
+        return np.zeros((len(token_ids), self._d_model), np.float32)
+
+
+def _check_ids(token_ids: list[int], vocab_size: int) -> None:
+    for token in (min(token_ids), max(token_ids)):
+        if not 0 <= token < vocab_size:
+            raise RequestError(f"token id {token}: must lie between 0 and {vocab_size - 1}")
 
 
 class KVCache:

@@ -116,6 +116,16 @@ def test_a_killed_server_is_not_the_end_where_the_device_has_all_layers(tiny, en
     assert b"Traceback" not in errors
 
 
+@pytest.mark.parametrize("options", [[], ["--temperature", "1.1", "--top-p", "0.95", "--seed", "7"]])
+def test_token_ids_over_tls_give_the_tokens_of_the_unsplit_model(tiny, environment, options):
+    alone = generate(environment, tiny.bundle(bits=4) / "device", *options)
+    folder = tiny.bundle(bits=4, split=0)
+    with serve(environment, folder / "server") as (address, trust):
+        together = generate(environment, folder / "device", "--server", address, *trust, *options)
+    assert together["token_ids"] == alone["token_ids"]
+    assert together["codec"] == "ids"
+
+
 def test_sampling_with_a_seed_is_the_same_alone_and_split(tiny, environment):
     options = ["--temperature", "1.1", "--top-p", "0.95", "--repetition-penalty", "1.2", "--seed", "7"]
     alone = generate(environment, tiny.bundle(bits=4) / "device", *options)
@@ -259,7 +269,7 @@ def test_export_command_refuses_an_existing_folder_and_a_wrong_split(tiny, envir
     assert exists.returncode == 1
     assert "exists" in exists.stderr
     out = tmp_path / "out"
-    for split in ("0", "5"):
+    for split in ("-1", "5"):
         wrong = run(environment, "export", model, "-o", out, "--split", split)
         assert wrong.returncode == 1
         assert f"split {split}" in wrong.stderr
@@ -288,3 +298,11 @@ def test_export_gives_the_device_all_layers_and_inspect_says_so(tiny, environmen
     assert "layers 0–1 on the device, 2–3 on the server, which the device has, too" in exported.stdout
     for folder in ("out", "out/device", "out/server"):
         assert run(environment, "inspect", tmp_path / folder).stdout == exported.stdout
+
+
+def test_export_keeps_the_whole_model_on_the_device_if_told_to(tiny, environment, tmp_path):
+    options = ["--split", "all", "--calibration-tokens", "0", "--json"]
+    exported = run(environment, "export", tiny.checkpoint(), "-o", tmp_path / "out", *options)
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads(exported.stdout)["split"] == 4
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["device"]

@@ -114,22 +114,23 @@ class CodecCost:
 
     Attributes:
         bytes_up_per_token: sent, with everything that the wire adds above TLS.
-        encode_percent: of the front's time inside onnxruntime.
+        encode_percent: of the front's time inside onnxruntime, None if it has no layers.
         decode_percent: of the back's.
     """
 
     test: str
     bytes_up_per_token: float
-    encode_percent: float
+    encode_percent: float | None
     decode_percent: float
 
     @classmethod
     def of(cls, test: str, tokens: Sequence[Token], positions: int) -> CodecCost:
         """Medians over tokens that each took ``positions`` positions through a link."""
+        shares = [100 * t.report.encode_s / t.front_onnxruntime_s for t in tokens if t.front_onnxruntime_s]
         return cls(
             test,
             median(token.bytes_up / positions for token in tokens),
-            median(100 * token.report.encode_s / token.front_onnxruntime_s for token in tokens),
+            median(shares) if shares else None,
             median(100 * token.report.server_decode_s / token.report.onnxruntime_s for token in tokens),
         )
 

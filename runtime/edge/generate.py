@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ...errors import ProtocolError
 from ..sampling import Sampler, Sampling
-from ..segments import Embedding, Head, StackSession
+from ..segments import AbsentEmbedding, Embedding, Head, StackSession
 from .controller import Controller
 
 PREFILL_CHUNK = 128  # tokens; the front computes a chunk while the server computes the one before
@@ -170,7 +170,7 @@ class Token(NamedTuple):
 
 
 def generate_tokens(
-    embedding: Embedding,
+    embedding: Embedding | AbsentEmbedding,
     front: StackSession,
     back: Back,
     prompt_ids: Sequence[int],
@@ -204,7 +204,9 @@ def generate_tokens(
         pending = [token.id]
 
 
-def _step(embedding: Embedding, front: StackSession, back: Back, ids: list[int], layers: int) -> Token:
+def _step(
+    embedding: Embedding | AbsentEmbedding, front: StackSession, back: Back, ids: list[int], layers: int
+) -> Token:
     """Run ids through front and back, in chunks, and take the token after the last."""
     started = perf_counter()
     chunk = min(back.chunk_limit(), PREFILL_CHUNK)

@@ -55,12 +55,17 @@ def measure_link(bundle: Bundle, server: str, security: ChannelSecurity) -> Link
         security: how to reach it.
 
     Raises:
-        RequestError: the bundle is not split.
+        RequestError: no hidden states cross a link, whose frames would be large enough to measure by.
         LinkError: the server cannot be reached, refuses the session, or the link is lost.
     """
     manifest = bundle.manifest
     if manifest.device_only:
         raise RequestError(f"{bundle.folder}: runs wholly on the device; there is no server to measure a link to")
+    if manifest.server_only:
+        raise RequestError(
+            f"{bundle.folder}: sends token ids alone, too few bytes to measure a link by; take a bundle that is split "
+            "between its layers"
+        )
     link = RemoteBack(
         server,
         manifest_sha256=bundle.manifest_sha256,

@@ -19,7 +19,7 @@ from ..bundle import open_bundle
 from ..codecs import checked_level, default_codec, open_levels
 from ..memory import check_session, process_limit_mb
 from ..sampling import Sampling
-from ..segments import Embedding, Head, LayerStack
+from ..segments import AbsentEmbedding, Embedding, Head, LayerStack
 from ..text import StopStrings, Tokenizer
 from .controller import Controller, PacedCodec
 from .generate import PREFILL_CHUNK, Back, LocalBack, generate_tokens
@@ -66,7 +66,7 @@ class EdgeModel:
                 usual, and goes on here if that is lost.
             security: how to reach the server; by default TLS with the system's authorities.
             codec: what hidden states are sent in, one of the manifest's; by default ``klt`` if export calibrated it,
-                else ``tabq``.
+                else ``tabq``, and ``ids`` if the whole model is on the server.
             level: of that codec, from 0, the finest; see `isthmus.runtime.codecs.open_codec`.
             deadline_ms: time for each token but the first. The level is then only the first one: it changes from token
                 to token, as the link and the server ask for; see `isthmus.runtime.edge.controller`.
@@ -110,7 +110,7 @@ class EdgeModel:
             manifest.special_tokens,
             manifest.end_tokens,
         )
-        self._embedding = Embedding(bundle)
+        self._embedding = AbsentEmbedding(bundle) if manifest.server_only else Embedding(bundle)
         self._stack = LayerStack(bundle, threads)
         self._head = Head(bundle, threads) if manifest.device_only else None
 
@@ -287,8 +287,8 @@ class EdgeModel:
         """What keeps the deadline in one generation, if there is one."""
         if self._deadline_ms is None:
             return None
-        if self.manifest.device_only:
-            raise RequestError("a deadline needs a split bundle: nothing crosses a link here; leave it out")
+        if self.manifest.device_only or self.manifest.server_only:
+            raise RequestError("a deadline needs a split bundle: no hidden states cross a link here; leave it out")
         if len(self._levels) == 1:
             raise RequestError(
                 f"a deadline needs a codec with levels: {self._levels[0].name} has none; choose klt, tabq or tabq-rans"

@@ -123,6 +123,33 @@ def test_progress_counts_up_to_what_there_is(tiny: Any, tmp_path: Path) -> None:
     assert {"layers 0–1", "layers 2–3", "head", "embedding"} <= {what for what, _, _ in calls}
 
 
+@pytest.mark.parametrize(("kind", "embedding"), [("llama", "head.onnx.data"), ("llama-untied", "embed.data")])
+def test_with_nothing_in_front_the_device_holds_no_weight(tiny: Any, kind: str, embedding: str) -> None:
+    folder = tiny.bundle(kind, split=0)
+    assert {path.name for path in (folder / "device").iterdir()} == {"manifest.json", "tokenizer.json"}
+    bundle = open_bundle(folder / "server")
+    assert [segment.kind for segment in bundle.segments()] == ["embed", "block", "block", "head"]
+    assert bundle.segments("embed")[0].data_file == embedding
+    assert not open_bundle(folder / "device").segments()
+    assert set(bundle.manifest.validation["kv"]) == {"server"}
+
+
+def test_bits_of_a_front_without_layers_do_not_matter(tiny: Any, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"split": 0, "back_bits": 8, "back_kv_bits": 8, "calibration_tokens": 0}
+    one = export_bundle(str(tiny.checkpoint()), tmp_path / "one", front_bits=2, front_kv_bits=4, **common)
+    other = export_bundle(str(tiny.checkpoint()), tmp_path / "other", front_bits=32, **common)
+    assert one.to_json() == other.to_json()
+    assert one.front_bits == one.back_bits == 8
+    assert one.kv["device"].bits == one.kv["server"].bits == 8
+
+
+def test_no_codec_is_calibrated_where_no_hidden_states_cross(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.export.export.windows_of", lambda *_, **__: pytest.fail("a calibration text"))
+    assert export_bundle(str(tiny.checkpoint()), tmp_path / "out", split=0).codecs == ("ids",)
+
+
 # The validation report
 
 
@@ -131,7 +158,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("split", [None, 2])
+@pytest.mark.parametrize("split", [None, 0, 2])
 def test_a_float_bundle_is_the_float_model(tiny: Any, split: int | None) -> None:
     report = open_bundle(tiny.bundle(bits=32, split=split), "device").manifest.validation
     assert report["logits_max_abs"] < 1e-4
@@ -206,9 +233,9 @@ def test_a_damaged_weight_fails_the_validation(
 # What an export refuses
 
 
-@pytest.mark.parametrize("split", [-1, 0, LAYERS + 1])
+@pytest.mark.parametrize("split", [-1, LAYERS + 1])
 def test_a_split_outside_the_model_is_refused(tiny: Any, tmp_path: Path, split: int) -> None:
-    with pytest.raises(ExportError, match=f"split {split}: must lie between 1 and {LAYERS}"):
+    with pytest.raises(ExportError, match=f"split {split}: must lie between 0 and {LAYERS}"):
         export_bundle(str(tiny.checkpoint()), tmp_path / "out", split=split, calibration_tokens=0)
     assert not list(tmp_path.iterdir())
 

@@ -153,6 +153,13 @@ def test_a_hand_over_needs_the_memory_of_all_layers_and_its_worst_token_waits_fo
     assert moved.worst_ms > moved.ms_per_token
 
 
+def test_sending_token_ids_costs_what_a_step_of_them_does_and_needs_no_weights(everything):
+    candidates = [c for c in everything if c.mode == "server-only"]
+    assert {(c.split, c.codec, c.level, c.bytes_per_token) for c in candidates} == {(0, "ids", -1, 23)}
+    one = min(c.memory_mb for c in everything if c.mode == "split")
+    assert all(c.memory_mb < one for c in candidates)
+
+
 def test_without_a_server_only_the_device_is_planned():
     assert {c.mode for c in grid(server=None).candidates()} == {"device-only"}
 
@@ -245,6 +252,27 @@ def test_a_planned_hand_over_keeps_all_layers_on_the_device(measured, tmp_path, 
     result = json.loads(capsys.readouterr().out)
     if result["new_tokens"] + 8 > planned.plan.chosen.hand_over_at:
         assert [move["to"] for move in result["moves"]] == ["server"]
+
+
+def test_a_plan_to_send_token_ids_is_exported_and_followed(measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    model, cache = measured
+    path, folder = tmp_path / "plan.toml", tmp_path / "out"
+    command = ["plan", model, "--device", "raspberry-pi-4", "--server", "cpu-server", "--link", "wifi"]
+    command += ["--cache", str(cache), "--context", "64", "--prompt-tokens", "8", "--max-drop", "50%"]
+    assert main([*command, "--deadline", "1s", "--mode", "server-only", "-o", str(path)]) == 0
+    assert "isthmus export --plan FILE" in capsys.readouterr().out
+    assert export_options(path, model)["split"] == 0
+    assert main(["export", model, "-o", str(folder), "--plan", str(path)]) == 0
+    read_plan(path).check_bundle(open_bundle(folder / "device").manifest)
+    capsys.readouterr()
+    with BackServer.from_bundle(folder / "server", security=ServerSecurity(insecure=True)) as server:
+        reached = ["--server", server.address, "--insecure", "--plan", str(path)]
+        assert main(["generate", str(folder / "device"), "-p", "x", "-n", "4", *reached, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["codec"] == "ids"
+    assert result["deadline_ms"] is None  # there is no level to keep it with
 
 
 def test_a_plan_for_another_model_is_refused(measured, tiny, tmp_path):
