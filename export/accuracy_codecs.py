@@ -24,7 +24,6 @@ from .progress import Progress
 from .validate import FloatModel, Hidden
 
 FRAME = 128  # tokens of a prefill's frame
-SINGLES = 4  # one token in so many is coded in a frame of its own, but never a text's first: it belongs to a prompt
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +128,8 @@ class CodecBench:
 
 
 def _coded(codec: Codec, states: Sequence[Hidden], windows: Sequence[Sequence[int]], like: str) -> Coded:
-    received, sent, single, singles = [], 0, 0, 0
+    """Put hidden states through a codec; a text's first token has no frame of its own: it belongs to a prompt."""
+    received, sent, single = [], 0, 0
     for hidden, ids in zip(states, windows, strict=True):
         parts = []
         for first in range(0, len(ids), FRAME):
@@ -137,10 +137,8 @@ def _coded(codec: Codec, states: Sequence[Hidden], windows: Sequence[Sequence[in
             payload = codec.encode(rows, tokens)
             sent += len(payload)
             parts.append(rows if like else codec.decode(payload, *rows.shape))
-        for at in range(SINGLES, len(ids), SINGLES):
-            single += len(codec.encode(hidden[at : at + 1], ids[at : at + 1]))
-            singles += 1
+        single += sum(len(codec.encode(hidden[at : at + 1], ids[at : at + 1])) for at in range(1, len(ids)))
         received.append(np.concatenate(parts))
     elements = sum(hidden.size for hidden in states)
-    bits, decode_bits = 8 * sent / elements, 8 * single / (singles * states[0].shape[1])
-    return Coded([] if like else received, bits, decode_bits, like)
+    alone = sum(hidden[1:].size for hidden in states)
+    return Coded([] if like else received, 8 * sent / elements, 8 * single / alone, like)

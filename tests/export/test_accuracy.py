@@ -20,6 +20,7 @@ from isthmus.export.accuracy import (
     find_accuracy,
     load_accuracy,
 )
+from isthmus.export.catalog import CATALOG
 
 LAYERS = 8
 
@@ -189,3 +190,14 @@ def test_a_table_is_found_by_the_digests_of_the_files(tmp_path: Path, caplog: py
     path.write_text("{")
     assert find_accuracy(table.hashes, tmp_path) is None
     assert "not JSON" in caplog.text
+
+
+def test_the_default_models_table_comes_with_the_package(tmp_path: Path) -> None:
+    entry = CATALOG["smollm2-135m-instruct"]
+    table = find_accuracy({"any name.gguf": entry.member_sha256}, tmp_path)
+    assert table is not None
+    assert table.layers == 30
+    # Its file holds 4-bit blocks, which are copied; two bits must be rounded to.
+    kl, error = table.drop(split=10, front_bits=4, back_bits=8, codec="klt", level=2)
+    assert 0 < error < kl < 0.05
+    assert table.drop(split=10, front_bits=2, back_bits=8)[0] > 1
