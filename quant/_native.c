@@ -18,6 +18,12 @@
 #define VECTORIZED
 #endif
 
+#if defined(__GNUC__)
+#define PREFETCH(address) __builtin_prefetch(address, 0, 2)
+#else
+#define PREFETCH(address) ((void)(address))
+#endif
+
 #define STATES 8
 #define LIMIT 15 /* largest magnitude with a symbol of its own */
 #define ESCAPE (2 * LIMIT + 1)
@@ -25,6 +31,7 @@
 #define PRECISION 14 /* frequencies of a table sum to 2 ** PRECISION */
 #define LOW (1u << 23) /* the coder's state stays at or above it, once it was */
 #define MAX_ESCAPE_BITS 20
+#define ROWS_AT_ONCE 8 /* of a product: at d_model 576 they and four rows of the matrix fit the first cache */
 
 /* Ungerboeck's 8-state trellis over the subsets D0..D3 of the integers. States of even rank hold the union
    D0 + D2 (even multiples of the step), the others zero and the odd ones; the index's parity picks the branch. */
@@ -95,46 +102,45 @@ static float rate_of(const float *costs, int index, float bit) {
     return costs[ESCAPE] + bit * (float)(2 * bit_length((uint32_t)(abs(index) - LIMIT)) + 2);
 }
 
-/* One row's path of least distortion + cost (Viterbi). back: [width, STATES]. */
+/* A state's two predecessors are to / 2 and 4 + to / 2, which hold the same quantizer. By this parity the former leads
+   to it, by the other one the latter. */
+static const uint8_t PARITY[STATES] = {0, 1, 1, 0, 1, 0, 0, 1};
+
+/* One row's path of least distortion + cost (Viterbi). Per component: which states come from the latter predecessor,
+   a bit each, in paths; and the best index of each parity of both quantizers in picked. */
 static void search_row(const float *values, const Model *model, const float *offsets, const float *costs, float bit,
-                       int32_t *indices, uint8_t *from, int32_t *chosen) {
-    float best[STATES], next[STATES];
-    for (int s = 0; s < STATES; s++)
-        best[s] = s ? INFINITY : 0;
+                       int32_t *indices, uint8_t *paths, int32_t (*picked)[2][2]) {
+    float best[STATES] = {0, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY}, next[STATES];
     for (Py_ssize_t i = 0; i < model->width; i++) {
-        const float value = values[i];
+        const float value = values[i], magnitude = fabsf(value);
         float price[2][2];
-        int32_t index[2][2];
         for (int q = 0; q < 2; q++) {
             const Py_ssize_t table = 2 * model->contexts[i] + q;
             const float *offset = offsets + table * (SYMBOLS - 1), *cost = costs + table * SYMBOLS;
-            /* Neighbours of the value in this quantizer, one of each parity, and zero. */
-            const float magnitude = fabsf(value), sign = value < 0 ? -1.0f : 1.0f;
+            /* The value's neighbours in this quantizer, toward zero and on both sides of that one. */
             const int lower = (int)((magnitude + (q ? 1.0f : 0.0f)) / 2);
-            price[q][0] = price[q][1] = INFINITY;
-            for (int candidate = lower > 0 ? lower - 1 : 0; candidate <= lower + 1; candidate++) {
-                const int32_t k = (int32_t)(sign * (float)candidate);
-                const float error = value - reconstruct(offset, q, k);
-                const float p = error * error + rate_of(cost, k, bit);
-                const int parity = candidate & 1;
-                if (p < price[q][parity]) {
-                    price[q][parity] = p;
-                    index[q][parity] = k;
-                }
+            const int candidates[3] = {lower, lower ? lower - 1 : 1, lower + 1};
+            int32_t k[3];
+            float p[3];
+            for (int c = 0; c < 3; c++) {
+                k[c] = value < 0 ? -candidates[c] : candidates[c];
+                const float error = value - reconstruct(offset, q, k[c]);
+                p[c] = error * error + rate_of(cost, k[c], bit);
             }
+            const int parity = lower & 1, upper = p[2] < p[1];
+            price[q][parity] = p[0];
+            price[q][!parity] = upper ? p[2] : p[1];
+            picked[i][q][parity] = k[0];
+            picked[i][q][!parity] = upper ? k[2] : k[1];
         }
-        for (int s = 0; s < STATES; s++)
-            next[s] = INFINITY;
-        for (int s = 0; s < STATES; s++)
-            for (int parity = 0; parity < 2; parity++) {
-                const int q = QUANTIZER[s], to = NEXT[s][parity];
-                const float total = best[s] + price[q][parity];
-                if (total < next[to]) {
-                    next[to] = total;
-                    from[i * STATES + to] = (uint8_t)s;
-                    chosen[i * STATES + to] = index[q][parity];
-                }
-            }
+        unsigned path = 0;
+        for (int to = 0; to < STATES; to++) {
+            const float *by = price[QUANTIZER[to / 2]];
+            const float former = best[to / 2] + by[PARITY[to]], latter = best[4 + to / 2] + by[!PARITY[to]];
+            next[to] = latter < former ? latter : former;
+            path |= (unsigned)(latter < former) << to;
+        }
+        paths[i] = (uint8_t)path;
         memcpy(best, next, sizeof best);
     }
     int state = 0;
@@ -142,8 +148,9 @@ static void search_row(const float *values, const Model *model, const float *off
         if (best[s] < best[state])
             state = s;
     for (Py_ssize_t i = model->width; i-- > 0;) {
-        indices[i] = chosen[i * STATES + state];
-        state = from[i * STATES + state];
+        const int latter = paths[i] >> state & 1;
+        indices[i] = picked[i][QUANTIZER[state / 2]][PARITY[state] ^ latter];
+        state = state / 2 + 4 * latter;
     }
 }
 
@@ -161,17 +168,17 @@ static PyObject *quantize(PyObject *module, PyObject *args) {
             costs.len != 2 * model.tables * SYMBOLS * (Py_ssize_t)sizeof(float)) {
             PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
         } else {
-            uint8_t *from = PyMem_Malloc((size_t)model.width * STATES);
-            int32_t *chosen = PyMem_Malloc((size_t)model.width * STATES * sizeof(int32_t));
-            if (from && chosen) {
+            uint8_t *paths = PyMem_Malloc((size_t)model.width);
+            int32_t(*picked)[2][2] = PyMem_Malloc((size_t)model.width * sizeof *picked);
+            if (paths && picked) {
                 for (Py_ssize_t row = 0; row < rows; row++)
                     search_row((const float *)values.buf + row * model.width, &model, offsets.buf, costs.buf, bit,
-                               (int32_t *)indices.buf + row * model.width, from, chosen);
+                               (int32_t *)indices.buf + row * model.width, paths, picked);
                 result = Py_NewRef(Py_None);
             } else
                 PyErr_NoMemory();
-            PyMem_Free(from);
-            PyMem_Free(chosen);
+            PyMem_Free(paths);
+            PyMem_Free(picked);
         }
     }
     PyBuffer_Release(&values);
@@ -393,20 +400,28 @@ static PyObject *count(PyObject *module, PyObject *args) {
     return result;
 }
 
-/* output += rows of the matrix, weighted; always in the same order, so that a row's bits never depend on its
-   neighbours (BLAS gives no such promise). */
-VECTORIZED static void weigh(const float *restrict input, const float *restrict matrix, float *restrict output,
+/* outputs += inputs @ matrix for a few rows, so that the matrix passes the caches once for all of them; always in the
+   same order, so that a row's bits never depend on its neighbours (BLAS gives no such promise). */
+VECTORIZED static void weigh(const float *inputs, const float *restrict matrix, float *outputs, Py_ssize_t rows,
                              Py_ssize_t inner, Py_ssize_t stride, Py_ssize_t width) {
     Py_ssize_t i = 0;
     for (; i + 4 <= inner; i += 4) {
         const float *restrict m = matrix + i * stride;
-        const float a = input[i], b = input[i + 1], c = input[i + 2], d = input[i + 3];
-        for (Py_ssize_t j = 0; j < width; j++)
-            output[j] += (a * m[j] + b * m[j + stride]) + (c * m[j + 2 * stride] + d * m[j + 3 * stride]);
+        for (Py_ssize_t row = 0; row < rows; row++) {
+            const float *input = inputs + row * inner + i;
+            float *restrict output = outputs + row * width;
+            const float a = input[0], b = input[1], c = input[2], d = input[3];
+            for (Py_ssize_t j = 0; j < width; j++)
+                output[j] += (a * m[j] + b * m[j + stride]) + (c * m[j + 2 * stride] + d * m[j + 3 * stride]);
+        }
     }
     for (; i < inner; i++)
-        for (Py_ssize_t j = 0; j < width; j++)
-            output[j] += input[i] * matrix[i * stride + j];
+        for (Py_ssize_t row = 0; row < rows; row++) {
+            float *restrict output = outputs + row * width;
+            const float a = inputs[row * inner + i];
+            for (Py_ssize_t j = 0; j < width; j++)
+                output[j] += a * matrix[i * stride + j];
+        }
 }
 
 static PyObject *multiply(PyObject *module, PyObject *args) {
@@ -423,15 +438,99 @@ static PyObject *multiply(PyObject *module, PyObject *args) {
         const Py_ssize_t rows = inputs.len / (inner * size);
         memset(outputs.buf, 0, (size_t)outputs.len);
         Py_BEGIN_ALLOW_THREADS
-        for (Py_ssize_t row = 0; row < rows; row++)
-            weigh((const float *)inputs.buf + row * inner, matrix.buf, (float *)outputs.buf + row * width, inner,
-                  stride, width);
+        for (Py_ssize_t row = 0; row < rows; row += ROWS_AT_ONCE)
+            weigh((const float *)inputs.buf + row * inner, matrix.buf, (float *)outputs.buf + row * width,
+                  rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE, inner, stride, width);
         Py_END_ALLOW_THREADS
         result = Py_NewRef(Py_None);
     }
     PyBuffer_Release(&inputs);
     PyBuffer_Release(&matrix);
     PyBuffer_Release(&outputs);
+    return result;
+}
+
+/* What `weigh` does, with a matrix of 16-bit integers whose rows have scales: half the bytes to read, which is what a
+   single token waits for. */
+VECTORIZED static void weigh_integers(const float *inputs, const int16_t *restrict matrix, const float *scales,
+                                      float *outputs, Py_ssize_t rows, Py_ssize_t inner, Py_ssize_t width) {
+    Py_ssize_t i = 0;
+    for (; i + 4 <= inner; i += 4) {
+        const int16_t *restrict m = matrix + i * inner;
+        const float *scale = scales + i;
+        if (i + 20 <= inner)
+            for (Py_ssize_t j = 0; j < 4 * inner; j += 32) /* a cache line each, four blocks ahead */
+                PREFETCH(m + 16 * inner + j);
+        for (Py_ssize_t row = 0; row < rows; row++) {
+            const float *input = inputs + row * inner + i;
+            float *restrict output = outputs + row * width;
+            const float a = input[0] * scale[0], b = input[1] * scale[1], c = input[2] * scale[2],
+                        d = input[3] * scale[3];
+            for (Py_ssize_t j = 0; j < width; j++)
+                output[j] += (a * (float)m[j] + b * (float)m[j + inner]) +
+                             (c * (float)m[j + 2 * inner] + d * (float)m[j + 3 * inner]);
+        }
+    }
+    for (; i < inner; i++)
+        for (Py_ssize_t row = 0; row < rows; row++) {
+            float *restrict output = outputs + row * width;
+            const float a = inputs[row * inner + i] * scales[i];
+            for (Py_ssize_t j = 0; j < width; j++)
+                output[j] += a * (float)matrix[i * inner + j];
+        }
+}
+
+/* Rows in the transform's basis without what their tokens predict, in steps; ordinary[row] is whether its norm is
+   within the limit. False if an id is none of the vocabulary's. */
+static PyObject *coefficients(PyObject *module, PyObject *args) {
+    Py_buffer inputs, matrix, scales, predicted, predicted_scale, ids, outputs, ordinary;
+    float limit, step;
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*w*w*ff", &inputs, &matrix, &scales, &predicted, &predicted_scale, &ids,
+                          &outputs, &ordinary, &limit, &step))
+        return NULL;
+    PyObject *result = NULL;
+    const Py_ssize_t size = (Py_ssize_t)sizeof(float), inner = scales.len / size, rows = ordinary.len;
+    const Py_ssize_t width = rows ? outputs.len / (rows * size) : 0;
+    if (!inner || width < 1 || width > inner || scales.len != inner * size || predicted_scale.len != inner * size ||
+        matrix.len != inner * inner * (Py_ssize_t)sizeof(int16_t) || inputs.len != rows * inner * size ||
+        outputs.len != rows * width * size || ids.len != rows * (Py_ssize_t)sizeof(int64_t) || predicted.len % inner) {
+        PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
+    } else {
+        const int64_t *id = ids.buf, vocabulary = predicted.len / inner;
+        int known = 1;
+        for (Py_ssize_t row = 0; row < rows; row++)
+            known &= id[row] >= 0 && id[row] < vocabulary;
+        if (known) {
+            Py_BEGIN_ALLOW_THREADS
+            const float *of_prediction = predicted_scale.buf, per_step = 1 / step;
+            memset(outputs.buf, 0, (size_t)outputs.len);
+            for (Py_ssize_t row = 0; row < rows; row += ROWS_AT_ONCE)
+                weigh_integers((const float *)inputs.buf + row * inner, matrix.buf, scales.buf,
+                               (float *)outputs.buf + row * width,
+                               rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE, inner, width);
+            for (Py_ssize_t row = 0; row < rows; row++) {
+                const int8_t *from = (const int8_t *)predicted.buf + id[row] * inner;
+                float *output = (float *)outputs.buf + row * width;
+                double squares = 0;
+                for (Py_ssize_t j = 0; j < width; j++) {
+                    output[j] -= (float)from[j] * of_prediction[j];
+                    squares += (double)output[j] * output[j];
+                    output[j] *= per_step;
+                }
+                ((uint8_t *)ordinary.buf)[row] = squares <= (double)limit * limit; /* not what overflowed */
+            }
+            Py_END_ALLOW_THREADS
+        }
+        result = PyBool_FromLong(known);
+    }
+    PyBuffer_Release(&inputs);
+    PyBuffer_Release(&matrix);
+    PyBuffer_Release(&scales);
+    PyBuffer_Release(&predicted);
+    PyBuffer_Release(&predicted_scale);
+    PyBuffer_Release(&ids);
+    PyBuffer_Release(&outputs);
+    PyBuffer_Release(&ordinary);
     return result;
 }
 
@@ -444,6 +543,8 @@ static PyMethodDef METHODS[] = {
      "decode(payload, contexts, cumulative, offsets, values, trellis) -> seed or -1"},
     {"count", count, METH_VARARGS, "count(values, indices, contexts, counts, sums): adds to counts and sums"},
     {"multiply", multiply, METH_VARARGS, "multiply(inputs, matrix, outputs, inner, stride, width)"},
+    {"coefficients", coefficients, METH_VARARGS,
+     "coefficients(inputs, matrix, scales, predicted, predicted_scale, ids, outputs, ordinary, limit, step) -> bool"},
     {NULL, NULL, 0, NULL},
 };
 

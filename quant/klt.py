@@ -136,6 +136,10 @@ class KLT:
         self._tables = tables
         self._level = level
         self._id_type = np.dtype("<u2" if len(tables.predicted) <= 1 << 16 else "<u4")
+        # 16-bit integers err far less than any step does, and a single token waits for the matrix to be read.
+        largest = np.maximum(np.abs(tables.forward).max(axis=1), np.float32(1e-30))
+        self._forward_scale = (largest / np.float32(32767)).astype(np.float32)
+        self._forward = np.rint(tables.forward / self._forward_scale[:, None]).astype(np.int16)
         self._first_seed = 1 << max(14, (len(tables.predicted) - 1).bit_length())
 
     def encode(self, hidden: Floats, token_ids: Sequence[int] = ()) -> bytes:
@@ -146,21 +150,25 @@ class KLT:
         """
         hidden, ids = finite_hidden(hidden), np.asarray(token_ids, np.int64)
         tables = self._tables
-        if hidden.shape != (len(ids), len(tables.forward)) or not (
-            ids.min(initial=0) >= 0 and ids.max(initial=0) < len(tables.predicted)
+        level = tables.levels[self._level]
+        values = np.empty((len(ids), level.tables.width), np.float32)
+        ordinary = np.empty(len(ids), np.bool_)
+        if hidden.shape != (len(ids), len(tables.forward)) or not native().coefficients(
+            hidden,
+            self._forward,
+            self._forward_scale,
+            tables.predicted,
+            tables.predicted_scale,
+            ids,
+            values,
+            ordinary,
+            tables.limit,
+            level.step,
         ):
             raise CodecError(
                 f"hidden states {list(hidden.shape)} and {len(ids)} token ids: klt takes [tokens, "
                 f"{len(tables.forward)}] and as many ids below {len(tables.predicted)}"
             )
-        level = tables.levels[self._level]
-        width = level.tables.width
-        values = np.empty((len(ids), width), np.float32)
-        native().multiply(hidden, tables.forward, values, hidden.shape[1], hidden.shape[1], width)
-        values -= tables.predicted[ids, :width] * tables.predicted_scale[:width]
-        with np.errstate(over="ignore", invalid="ignore"):
-            ordinary = np.vecdot(values, values) <= tables.limit**2  # false for what overflowed
-        values *= np.float32(1 / level.step)
         head = bytes([self._level])
         if not ordinary.all():
             head = bytes([self._level | _RAW_SECTION]) + _raw_section(hidden, ~ordinary)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from isthmus.errors import CodecError
+from isthmus.errors import BundleError, CodecError
 from isthmus.export.export import export_bundle
 from isthmus.export.klt_fit import CalibrationStates, fit_klt
 from isthmus.quant import trellis
@@ -37,6 +38,18 @@ def test_both_halves_hold_the_tables_and_the_manifest_names_the_codec(calibrated
     assert "klt" in device.manifest.codecs
     files = [{file.name for file in bundle.manifest.files[bundle.half]} for bundle in (device, server)]
     assert all({"klt.npz", "klt-predicted.npy"} <= names for names in files)
+
+
+def test_tables_of_another_split_are_refused(calibrated: Path, tiny: Any, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    options = {"max_length": 64, "calibration_tokens": 4096, "cache": calibrated.parent / "cache"}
+    export_bundle(str(tiny.checkpoint()), other, split=1, front_bits=8, back_bits=8, **options)
+    for name in ("klt.npz", "klt-predicted.npy", "tabq-rans.npz"):
+        shutil.copyfile(calibrated / "server" / name, other / "server" / name)
+        with pytest.raises(BundleError, match=rf"{name}: .* manifest"):
+            open_bundle(other / "server")
+        shutil.copyfile(other / "device" / name, other / "server" / name)
+    open_bundle(other / "server")
 
 
 def test_levels_go_from_fine_to_coarse_and_halves_understand_each_other(calibrated: Path) -> None:
