@@ -30,6 +30,8 @@ STYLES = (
     ("#000000", "X"),
 )
 
+PLOTTED_DROPS = 4  # times the limit, as far as a plan's picture reaches
+
 Row = dict[str, Any]  # one codec and level, as --json prints it
 
 
@@ -73,21 +75,30 @@ def plot_plan(report: PlanReport, path: Path) -> None:
     """Draw a plan's Pareto front, time per token over the drop in accuracy, and where one token's time goes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(10, 4), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     front, parts = figure.subplots(1, 2, width_ratios=(3, 2))
+    most = PLOTTED_DROPS * max(report.slack.get("max_drop", (0.0, 5.0))[1], 1.0)
+    most = 1.3 * max((candidate.drop for candidate in report.pareto if candidate.drop <= most), default=most) + 0.1
     modes = sorted({candidate.mode for candidate in report.pareto})
     for mode, (color, mark) in zip(modes, STYLES, strict=False):
-        points = [candidate for candidate in report.pareto if candidate.mode == mode]
+        points = [candidate for candidate in report.pareto if candidate.mode == mode and candidate.drop <= most]
         drops, times = ([getattr(point, name) for point in points] for name in ("drop", "ms_per_token"))
         errors = [point.time_uncertainty * point.ms_per_token for point in points]
-        front.errorbar(drops, times, errors, fmt=mark, color=color, elinewidth=0.6, label=mode)
+        front.errorbar(
+            drops, times, errors, fmt=f"-{mark}", markersize=4, linewidth=0.8, color=color, elinewidth=0.6, label=mode
+        )
     if report.chosen is not None:
         front.plot(
             report.chosen.drop, report.chosen.ms_per_token, "o", ms=14, mfc="none", color="black", label="chosen"
         )
-    front.set(xlabel="expected increase in perplexity, %", ylabel="ms per token", xscale="symlog", yscale="log")
+    front.set(xlabel="expected increase in perplexity, %", ylabel="ms per token", yscale="log")
+    front.set_xlim(-0.05 * most, 1.05 * most)
+    front.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    front.yaxis.set_major_formatter("{x:g}")
+    front.yaxis.set_minor_locator(NullLocator())
     front.grid(alpha=0.3)
     front.legend()
     left = 0.0

@@ -38,7 +38,8 @@ class PlanReport:
         slack: by limit, how much of it the chosen one leaves: (its value, the limit).
         relaxations: if nothing fits, by limit, the smallest value with which something would, the others kept; None
             where no value helps.
-        pareto: candidates that keep memory and none of which is both slower and worse than another.
+        pareto: candidates that keep all but the limit on the drop, and that no other one of their mode beats in both
+            time and drop.
         searched: number of candidates.
         time_parts: of one token of the chosen candidate at full context, in ms.
     """
@@ -180,10 +181,11 @@ def search(grid: Grid) -> PlanReport:
             ]
             relaxations[name] = min(values, default=None)
     slack = {name: (getattr(chosen, field), bound) for name, (field, bound) in bounds.items()} if chosen else {}
-    memory = grid.limits.memory_mb or math.inf
-    within = [candidate for candidate in candidates if candidate.memory_mb <= memory]
+    others = [bound for name, bound in bounds.items() if name != "max_drop"]
+    within = [c for c in candidates if all(getattr(c, field) <= bound for field, bound in others)]
+    pareto = [c for mode in MODES for c in _pareto([each for each in within if each.mode == mode])]
     parts = grid.time_parts(chosen) if chosen else {}
-    return PlanReport(chosen, tuple(shown[:SHOWN]), slack, relaxations, tuple(_pareto(within)), len(candidates), parts)
+    return PlanReport(chosen, tuple(shown[:SHOWN]), slack, relaxations, tuple(pareto), len(candidates), parts)
 
 
 def _pareto(candidates: list[Candidate]) -> Iterator[Candidate]:
