@@ -245,6 +245,9 @@ class AccuracyTable:
                 fields[name] = int(fields[name])
             fields["activations"] = float(fields["activations"])
             fields["hashes"] = dict(fields["hashes"])
+            for word in (fields["model"], fields["text"], *fields["hashes"].values()):
+                if not isinstance(word, str):
+                    raise TypeError(f"{word!r} is no text")
             fields["codecs"] = tuple(_point(point) for point in fields["codecs"])
             return cls(**fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

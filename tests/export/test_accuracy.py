@@ -152,6 +152,8 @@ def broken(**changes: Any) -> str:
         (broken(weights=None), "missing or of the wrong kind .*weights"),
         (broken(model=None), "missing or of the wrong kind"),
         (broken(extra=1), "extra"),
+        (broken(model=5), "5 is no text"),
+        (broken(hashes={"a": 1}), "1 is no text"),
         (broken(weights=[1]), "wrong kind"),
         (broken(kv={"four": []}), "wrong kind"),
         (broken(layers="many"), "wrong kind"),
