@@ -33,7 +33,8 @@ def half_memory(bundle: Bundle, positions: int, *, chunk: int) -> MemoryEstimate
             half.kv.cache_bytes(bundle.manifest.half_layers(half.half), positions)
             for half in halves
             if half.segments("block")
-        ),
+        )
+        + (4 * arch.d_model * positions if len(halves) > 1 else 0),  # hidden states at the split, for a hand-over
         positions=positions,
         chunk=chunk,
         d_model=arch.d_model,

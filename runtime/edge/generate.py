@@ -188,7 +188,7 @@ def generate_tokens(
     pending = list(prompt_ids)
     for number in range(max_new_tokens):
         token = _step(embedding, front, back, pending, layers)
-        if controller is not None:
+        if controller is not None and token.source != LocalBack.source:  # the link had a part in it
             token = token._replace(level=controller.level)
             server_s = token.report.server_s
             controller.observe(

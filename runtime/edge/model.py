@@ -101,8 +101,8 @@ class EdgeModel:
         self._levels = open_levels(bundle, codec or default_codec(bundle))
         self._level = checked_level(self._levels, level)
         self._deadline_ms = deadline_ms
-        self._controller()  # a deadline of no use is an error now
         self._bundle, self._server, self._security = bundle, server, security
+        self._controller()  # a deadline of no use is an error now
         self._manifest_sha256 = bundle.manifest_sha256
         self.tokenizer = Tokenizer.from_file(
             bundle.path("tokenizer.json"),
@@ -287,8 +287,10 @@ class EdgeModel:
         """What keeps the deadline in one generation, if there is one."""
         if self._deadline_ms is None:
             return None
-        if self.manifest.device_only or self.manifest.server_only:
-            raise RequestError("a deadline needs a split bundle: no hidden states cross a link here; leave it out")
+        if not self._server or self.manifest.server_only:
+            raise RequestError(
+                "a deadline needs a split bundle and its server: no hidden states cross a link here; leave it out"
+            )
         if len(self._levels) == 1:
             raise RequestError(
                 f"a deadline needs a codec with levels: {self._levels[0].name} has none; choose klt, tabq or tabq-rans"
