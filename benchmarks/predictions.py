@@ -23,11 +23,11 @@ from statistics import median
 from typing import Any
 
 from tabulate import tabulate
+from tokenizers import Tokenizer
 
 from isthmus.cli.progress import progress_bar
 from isthmus.devices.backend import default_threads
 from isthmus.devices.link import link_profile
-from isthmus.devices.memory import process_memory
 from isthmus.devices.probe import probe
 from isthmus.devices.profile import DeviceProfile
 from isthmus.export.accuracy import find_accuracy
@@ -37,11 +37,17 @@ from isthmus.export.families import family_of
 from isthmus.export.grid import Grid, Limits
 from isthmus.export.plan import Candidate
 from isthmus.export.sources import resolve_model
-from isthmus.runtime.edge.model import EdgeModel
+from isthmus.export.validate import validation_text
 
 MODEL = "smollm2-135m-instruct"
 TIMED_TOKENS = 48
 LAYERS = 30
+ISTHMUS = [sys.executable, "-m", "isthmus.cli.main"]
+# A process's peak begins with what its parent has resident, so that a small one starts it.
+PEAK = """import resource, subprocess, sys
+status = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(status)"""
 
 
 @dataclass(frozen=True)
@@ -102,15 +108,35 @@ def predict(configuration: Configuration, machine: DeviceProfile) -> Candidate:
     return next(c for c in grid.candidates() if all(getattr(c, name) == value for name, value in wanted.items()))
 
 
-def measure(folder: Path, configuration: Configuration) -> dict[str, float]:
-    """Run it: peak resident memory in MB, median ms and bytes up of the last tokens."""
-    command = [sys.executable, __file__, "--worker", str(folder), json.dumps(vars(configuration))]
+def measure(folder: Path, configuration: Configuration, prompt: list[int]) -> dict[str, float]:
+    """Run it in a process of its own: peak resident memory in MB, median ms and bytes up of the last tokens."""
+    command = [*ISTHMUS, "generate", str(folder / "device"), "--prompt-ids", ",".join(map(str, prompt))]
+    command += [
+        "-n",
+        str(TIMED_TOKENS),
+        "--context",
+        str(configuration.context),
+        "--threads",
+        str(configuration.threads),
+    ]
+    command += ["--json"]
+    if configuration.codec != "none":
+        command += ["--codec", configuration.codec]
+    if configuration.level >= 0:
+        command += ["--level", str(configuration.level)]
     with server_of(folder, configuration) as address:
-        done = subprocess.run([*command, address], capture_output=True, text=True, check=False)
+        reached = ["--server", address] if address else []
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, *command, *reached], capture_output=True, text=True, check=False
+        )
     if done.returncode:
         sys.exit(done.stderr)
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
+    tokens = json.loads(done.stdout)["tokens"][1:]
+    return {
+        "memory_mb": int(done.stderr.split()[-1]) * 1024 / 1e6,
+        "ms_per_token": median(token["ms"] for token in tokens),
+        "bytes_per_token": median(token["bytes_up"] for token in tokens),
+    }
 
 
 @contextmanager
@@ -119,42 +145,14 @@ def server_of(folder: Path, configuration: Configuration) -> Iterator[str]:
     if configuration.codec == "none":
         yield ""
         return
-    command = [sys.executable, "-m", "isthmus.cli.main", "serve", str(folder / "server"), "--listen", "127.0.0.1:0"]
-    process = subprocess.Popen([*command, "--threads", "1"], stdout=subprocess.PIPE, text=True)
+    command = [*ISTHMUS, "serve", str(folder / "server"), "--listen", "127.0.0.1:0", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout is not None
-        yield process.stdout.readline().split(" on ")[1].split()[0]
+        line = process.stdout.readline() if process.stdout else ""
+        yield line.split(" on ")[1].split()[0]
     finally:
         process.terminate()
         process.wait()
-
-
-def work(folder: Path, configuration: Configuration, address: str) -> None:
-    """In a process of its own: generate and print what it took."""
-    split = configuration.codec != "none"
-    model = EdgeModel(
-        folder / "device",
-        server=address or None,
-        codec=configuration.codec if split else None,
-        level=configuration.level if configuration.level >= 0 else None,
-        threads=configuration.threads,
-        context=configuration.context,
-    )
-    prompt = [1 + 7 * index % 40000 for index in range(configuration.context - TIMED_TOKENS)]
-    stream = model.tokens(prompt, max_new_tokens=TIMED_TOKENS, end_tokens=())
-    try:
-        tokens = list(stream)[1:]
-    finally:
-        stream.close()
-    print(
-        json.dumps(
-            {
-                "memory_mb": process_memory().peak_resident_mb,
-                "ms_per_token": median(token.total_s for token in tokens) * 1e3,
-                "bytes_per_token": median(token.bytes_up for token in tokens),
-            }
-        )
-    )
 
 
 def main() -> None:
@@ -162,12 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="where bundles are kept (default: a temporary one)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        folder, configuration, address = args.worker
-        work(Path(folder), Configuration(**json.loads(configuration)), address)
-        return
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with tempfile.TemporaryDirectory() as temporary, progress_bar() as progress:
         root = args.work or Path(temporary)
@@ -186,12 +179,18 @@ def main() -> None:
                     calibration_tokens=0,
                 )
         machines = {count: probe(threads=count, progress=progress) for count in {1, default_threads()}}
+        text = (
+            Tokenizer.from_file(str(root / chosen[0].bundle / "device" / "tokenizer.json"))
+            .encode(validation_text())
+            .ids
+        )
         rows: list[dict[str, Any]] = []
         for index, configuration in enumerate(chosen):
             progress(f"run {configuration.bundle}", index, len(chosen))
             predicted = predict(configuration, machines[configuration.threads])
             row: dict[str, Any] = vars(configuration) | {"uncertainty": predicted.time_uncertainty}
-            for name, value in measure(root / configuration.bundle, configuration).items():
+            prompt = (text * (configuration.context // len(text) + 1))[: configuration.context - TIMED_TOKENS]
+            for name, value in measure(root / configuration.bundle, configuration, prompt).items():
                 row |= {f"predicted_{name}": getattr(predicted, name), f"measured_{name}": value}
             rows.append(row)
     print(json.dumps(rows, indent=1) if args.json else table(rows))
