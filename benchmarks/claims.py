@@ -18,6 +18,7 @@ from statistics import median
 from tabulate import tabulate
 
 from isthmus.cli.progress import progress_bar
+from isthmus.devices.budget import INTERPRETER_MB
 from isthmus.export.export import export_bundle
 from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.edge.bench import generate_exactly
@@ -70,7 +71,15 @@ def contexts(root: Path) -> list[list[object]]:
     rows: list[list[object]] = []
     for name, (split, bits) in (FRONTS | WHOLE).items():
         bundle = open_bundle(root / f"{'all' if split is None else split}-{bits}-8" / "device", verify=False)
-        rows.append([name, *(longest_context(bundle, chunk=PREFILL_CHUNK, limit_mb=limit) for limit in CEILINGS_MB)])
+        rows.append(
+            [
+                name,
+                *(
+                    longest_context(bundle, chunk=PREFILL_CHUNK, limit_mb=limit, process_mb=INTERPRETER_MB)
+                    for limit in CEILINGS_MB
+                ),
+            ]
+        )
     return rows
 
 

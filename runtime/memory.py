@@ -15,14 +15,17 @@ UNPACKED_TABLES = 3  # a codec's tables in memory, by the bytes of their file
 LIBRARY_MB = 20.0  # of onnxruntime's and gRPC's code that is read only when they run
 
 
-def half_memory(bundle: Bundle, positions: int, *, chunk: int) -> MemoryEstimate:
-    """Estimate the peak of this process with a bundle half and one session.
+def half_memory(bundle: Bundle, positions: int, *, chunk: int, process_mb: float | None = None) -> MemoryEstimate:
+    """Estimate the peak of a process with a bundle half and one session.
 
     Args:
         bundle: the half.
         positions: of the session: prompt and new tokens.
         chunk: most tokens of one step.
+        process_mb: resident before anything is loaded, libraries included; by default what this process has.
     """
+    if process_mb is None:
+        process_mb = (process_memory().resident_mb or 0.0) + LIBRARY_MB
     arch = bundle.manifest.architecture
     halves = bundle.with_own_back()  # the copy is opened when the server is lost
     graphs = [segment for half in halves for segment in half.segments() if segment.graph_file]
@@ -45,7 +48,7 @@ def half_memory(bundle: Bundle, positions: int, *, chunk: int) -> MemoryEstimate
         tables_bytes=UNPACKED_TABLES * sum(sizes.get(name, 0) for name in CODEC_TABLES),
         installed=bundle.installed,
     )
-    return estimate_memory(needs, process_mb=(process_memory().resident_mb or 0.0) + LIBRARY_MB)
+    return estimate_memory(needs, process_mb=process_mb)
 
 
 def process_limit_mb(limit_mb: float | None) -> float:
@@ -88,12 +91,12 @@ def kv_budget(bundle: Bundle, *, chunk: int, limit_mb: float) -> float:
     return one + (limit_mb - needs.total_mb) * 1e6
 
 
-def longest_context(bundle: Bundle, *, chunk: int, limit_mb: float) -> int:
-    """Most positions, up to the bundle's, with which a half fits under a limit; 0 if none do."""
+def longest_context(bundle: Bundle, *, chunk: int, limit_mb: float, process_mb: float | None = None) -> int:
+    """Most positions, up to the bundle's, with which a half fits under a limit, see `half_memory`; 0 if none do."""
     fits, too_many = 0, bundle.manifest.max_length + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        if half_memory(bundle, middle, chunk=chunk).total_mb <= limit_mb:
+        if half_memory(bundle, middle, chunk=chunk, process_mb=process_mb).total_mb <= limit_mb:
             fits = middle
         else:
             too_many = middle

@@ -202,5 +202,6 @@ def test_random_and_mutated_payloads_are_decoded_or_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_million_random_and_mutated_payloads() -> None:
     fuzz(1_000_000, seed=7)

@@ -207,5 +207,6 @@ def test_random_and_mutated_payloads_are_decoded_or_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_very_many_random_and_mutated_payloads() -> None:
     fuzz(300_000, seed=7)
