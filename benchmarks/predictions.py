@@ -34,7 +34,8 @@ from isthmus.export.accuracy import find_accuracy
 from isthmus.export.checkpoint import open_checkpoint
 from isthmus.export.export import export_bundle
 from isthmus.export.families import family_of
-from isthmus.export.grid import Grid, Limits
+from isthmus.export.grid import Grid
+from isthmus.export.limits import Limits
 from isthmus.export.plan import Candidate
 from isthmus.export.sources import resolve_model
 from isthmus.export.validate import validation_text

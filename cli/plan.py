@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from ..devices.budget import parse_megabytes
     from ..devices.link import parse_duration_s
     from ..devices.profile import load_profile
-    from ..export.grid import Limits
+    from ..export.limits import Limits
     from ..export.plan import MODES
     from ..export.planner import make_plan
     from .plot import check_plot, plot_plan

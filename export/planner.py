@@ -20,7 +20,8 @@ from ..errors import PlanError
 from .accuracy import find_accuracy
 from .checkpoint import open_checkpoint
 from .families import family_of
-from .grid import Grid, Limits
+from .grid import Grid
+from .limits import Limits
 from .plan import MODES, Candidate, Plan, read_plan
 from .progress import Progress, silent
 from .sources import resolve_model

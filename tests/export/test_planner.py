@@ -14,7 +14,8 @@ from isthmus.devices.profile import load_profile
 from isthmus.errors import PlanError
 from isthmus.export.accuracy import AccuracyTable, CodecPoint, accuracy_path
 from isthmus.export.checkpoint import open_checkpoint
-from isthmus.export.grid import Grid, Limits
+from isthmus.export.grid import Grid
+from isthmus.export.limits import Limits
 from isthmus.export.plan import read_plan
 from isthmus.export.planner import export_options, make_plan, search
 from isthmus.runtime.bundle import Architecture, open_bundle
@@ -322,9 +323,9 @@ def test_if_nothing_fits_the_command_says_what_would(measured, capsys):
     model, cache = measured
     arguments = ["plan", model, "--device", "raspberry-pi-4", "--link", "wifi", "--cache", str(cache)]
     arguments += ["--context", "64", "--prompt-tokens", "8"]
-    assert main([*arguments, "--memory", "96MB"]) == 1
+    assert main([*arguments, "--memory", "110MB"]) == 1
     assert "it would have to be" in capsys.readouterr().out
-    assert main([*arguments, "--memory", "96"]) == 1
+    assert main([*arguments, "--memory", "110"]) == 1
     assert "with its unit" in capsys.readouterr().err
     assert main([*arguments, "--max-drop", "much"]) == 1
     assert "percent" in capsys.readouterr().err
