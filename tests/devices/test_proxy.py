@@ -263,7 +263,7 @@ def test_a_target_that_goes_down_closes_the_client_and_the_proxy_goes_on(caplog)
         address = closed.getsockname()
     with LinkProxy(("127.0.0.1", 0), address, IDEAL, check=False) as proxy:
         for _ in range(2):
-            with connect(proxy) as client, pytest.raises(ConnectionResetError):
+            with pytest.raises(ConnectionResetError), connect(proxy) as client:  # perhaps while it connects
                 client.recv(1)
         assert "cannot reach the target" in caplog.text
         with socket.create_server(address) as target, connect(proxy) as client:
