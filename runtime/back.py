@@ -65,7 +65,7 @@ class BackSession:
         self._head = head
         self._sampler = sampler
         self._sampled_at: list[int] = []  # the length at which each token was sampled
-        self._last: NDArray[np.float32] = np.empty(0, np.float32)
+        self._rows: NDArray[np.float32] = np.empty((0, 0), np.float32)  # of the last advance, after the last layer
 
     @property
     def length(self) -> int:
@@ -74,7 +74,7 @@ class BackSession:
 
     def advance(self, hidden: NDArray[np.float32]) -> None:
         """Run hidden states ``[tokens, d_model]`` through the back's layers."""
-        self._last = self._stack.forward(hidden)[-1]
+        self._rows = self._stack.forward(hidden)
 
     def rows(self, first: int, last: int) -> NDArray[Any]:
         """Keys and values of positions ``[first, last)``, see `isthmus.runtime.segments.KVCache.rows`."""
@@ -92,9 +92,31 @@ class BackSession:
 
     def sample(self) -> int:
         """The token after the last advanced position."""
-        token = self._sampler.sample(self._head.logits(self._last), self.length)
+        token = self._sampler.sample(self._head.logits(self._rows[-1]), self.length)
         self.accept(token, self.length)
         return token
+
+    def verify(self, drafted: Sequence[int]) -> list[int]:
+        """Choose tokens as `sample` would one by one, as long as they are those that were drafted.
+
+        Args:
+            drafted: tokens of the last advanced positions; at least one more position was advanced with them.
+
+        Returns:
+            The first drafted tokens, as many as were right, and one more. The session ends after the last right one.
+        """
+        count = len(drafted)
+        first = self.length - count
+        logits = self._head.logits_many(self._rows[len(self._rows) - count - 1 :])
+        tokens: list[int] = []
+        for row, guess in zip(logits, [*drafted, None], strict=True):
+            token = self._sampler.sample(row, first + len(tokens))
+            self.accept(token, first + len(tokens))
+            tokens.append(token)
+            if token != guess:
+                break
+        self._stack.cache.truncate(first + len(tokens) - 1)
+        return tokens
 
     def accept(self, token: int, length: int) -> None:
         """Take note of the token after ``length`` positions: the one sampled here, or the one chosen elsewhere."""

@@ -43,6 +43,10 @@ class ComputeSession(Protocol):
         """The token after the last advanced position."""
         ...
 
+    def verify(self, drafted: Sequence[int]) -> list[int]:
+        """Tokens after the advanced positions before and at ``drafted``, which are the last; see `BackSession`."""
+        ...
+
     def close(self) -> None:
         """Free the KV cache."""
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -17,6 +18,7 @@ from ...quant.codec import Codec
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import Refusal, crc_matches, read_sampling
 from ..wire.kv import decode_rows
+from ..wire.transport import RESULTS_KEPT
 from .compute import ComputeEngine, ComputeSession, ComputeThread
 from .limits import ServerLimits
 
@@ -38,14 +40,13 @@ class Session:
         self._compute = compute
         self._limits = limits
         self._d_model = engine.manifest.architecture.d_model
-        self._last = pb.Result()  # of the last step done; its step number is 0 before the first
+        self._results: deque[pb.Result] = deque(maxlen=RESULTS_KEPT)  # of the last steps done, in order
+        self._chosen: int | None = None  # the token after the last position, if it was asked for
 
     def resume(self, acknowledged: int) -> list[pb.ServerMessage]:
-        """The answers to an `Attach`: the last step done, and its result unless the client has it."""
-        answers = [pb.ServerMessage(attached=pb.Attached(last_step=self._last.step))]
-        if acknowledged < self._last.step:
-            answers.append(pb.ServerMessage(result=self._last))
-        return answers
+        """The answers to an `Attach`: the last step done, and those results that the client does not have."""
+        new = [pb.ServerMessage(result=result) for result in self._results if result.step > acknowledged]
+        return [pb.ServerMessage(attached=pb.Attached(last_step=self._last_step)), *new]
 
     def step(self, step: pb.Step, codec: Codec, arrived: float) -> pb.ServerMessage:
         """Do one step, or answer a repeated one from the cache.
@@ -59,11 +60,12 @@ class Session:
             Refusal: the step breaks a rule; nothing was done.
         """
         started = perf_counter()
-        expected = self._last.step + 1
+        expected = self._last_step + 1
         if not crc_matches(step):
             raise Refusal("BAD_CRC", "a step was damaged on its way; send it again", expected_step=expected)
         if 0 < step.step < expected:
-            return pb.ServerMessage(result=self._last)
+            # One that is older than what is kept was answered long ago: the client has it.
+            return pb.ServerMessage(result=self._results[max(step.step - expected, -len(self._results))])
         if step.step != expected:
             raise Refusal(
                 "OUT_OF_ORDER",
@@ -71,6 +73,13 @@ class Session:
                 expected_step=expected,
             )
         content = step.kv if step.HasField("kv") else step.frame
+        drafted = list(step.frame.drafted)
+        self._check_drafts(step, drafted)
+        if drafted and len(drafted) == step.frame.tokens:
+            if step.position != self._compute.length or drafted[0] != self._chosen:
+                # A wrong guess: there is nothing to do.
+                return self._done(pb.Result(step=step.step, length=self._compute.length))
+            del drafted[0]
         self._check_place(step.position, content.tokens)
         if step.sample and step.HasField("kv"):
             raise Refusal("BAD_REQUEST", "keys and values give no token; send the next position's frame for that")
@@ -82,21 +91,35 @@ class Session:
             self._compute.append_rows(arrays)
         else:
             self._compute.advance(arrays)
-        token = self._compute.sample() if step.sample else None
-        self._last = pb.Result(
+        token, tokens = None, []
+        if step.frame.drafted:
+            tokens = self._compute.verify(drafted)
+        elif step.sample:
+            token = self._compute.sample()
+        self._chosen = tokens[-1] if tokens else token
+        result = pb.Result(
             step=step.step,
             length=self._compute.length,
             token=token,
+            tokens=tokens,
             decode_us=_microseconds(decoded - started),
             queue_us=_microseconds(started - arrived),
             compute_us=_microseconds(perf_counter() - decoded),
             onnxruntime_us=_microseconds(self._engine.onnxruntime_seconds - busy),
         )
-        return pb.ServerMessage(result=self._last)
+        return self._done(result)
 
     def close(self) -> None:
         """Free the KV cache."""
         self._compute.close()
+
+    @property
+    def _last_step(self) -> int:
+        return self._results[-1].step if self._results else 0
+
+    def _done(self, result: pb.Result) -> pb.ServerMessage:
+        self._results.append(result)
+        return pb.ServerMessage(result=result)
 
     def _check_place(self, position: int, tokens: int) -> None:
         if not 1 <= tokens <= self._limits.max_frame_tokens:
@@ -113,6 +136,21 @@ class Session:
                 f"positions {position} to {position + tokens - 1} in a session opened for {self.max_tokens}; "
                 "open one with larger max_tokens",
             )
+
+    def _check_drafts(self, step: pb.Step, drafted: list[int]) -> None:
+        if not drafted:
+            return
+        if not step.sample:
+            raise Refusal("BAD_REQUEST", "drafts in a step that asks for no token; only a sampled step verifies them")
+        if len(drafted) > step.frame.tokens:
+            raise Refusal(
+                "BAD_FRAME",
+                f"{len(drafted)} drafts in a frame of {step.frame.tokens} tokens: they are of its last rows, at most "
+                "one for each",
+            )
+        vocabulary = self._engine.manifest.architecture.vocab_size
+        if max(drafted) >= vocabulary:
+            raise Refusal("BAD_FRAME", f"drafted token {max(drafted)}: must lie below the vocabulary's {vocabulary}")
 
     def _decode(self, content: pb.Frame | pb.KVChunk, codec: Codec) -> NDArray[Any]:
         try:

@@ -14,8 +14,9 @@ from ..sampling import Sampling
 from . import isthmus_pb2 as pb
 
 PROTOCOL_MAJOR = 1  # must be equal on both ends
-PROTOCOL_MINOR = 1  # the lower of both is spoken; 1 added keys and values
+PROTOCOL_MINOR = 2  # the lower of both is spoken; 1 added keys and values, 2 drafts
 KV_MINOR = 1
+DRAFT_MINOR = 2
 
 _STEP_HEADER = struct.Struct("<QII?")
 _KV_HEADER = struct.Struct("<IIi")
@@ -146,16 +147,21 @@ def read_sampling(wire: pb.Sampling) -> Sampling:
         raise Refusal("BAD_REQUEST", str(error)) from error
 
 
-def step_crc(step: int, position: int, tokens: int, sample: bool, payload: bytes) -> int:
-    """CRC32C of a step's header and payload, so that no field is believed that a flipped bit has changed."""
+def step_crc(
+    step: int, position: int, tokens: int, sample: bool, payload: bytes, drafted: Sequence[int] = ()
+) -> int:
+    """CRC32C of a step's header, payload and drafts, so that no field is believed that a flipped bit has changed."""
     header = google_crc32c.value(_STEP_HEADER.pack(step, position, tokens, sample))
-    return int(google_crc32c.extend(header, payload))
+    crc = google_crc32c.extend(header, payload)
+    return int(google_crc32c.extend(crc, struct.pack(f"<{len(drafted)}I", *drafted)))
 
 
-def step_message(step: int, position: int, tokens: int, sample: bool, payload: bytes) -> bytes:
-    """One frame of hidden states with its place in the session."""
-    crc = step_crc(step, position, tokens, sample, payload)
-    frame = pb.Frame(tokens=tokens, payload=payload, crc32c=crc)
+def step_message(
+    step: int, position: int, tokens: int, sample: bool, payload: bytes, drafted: Sequence[int] = ()
+) -> bytes:
+    """One frame of hidden states with its place in the session, and the ids of its last rows if they are drafts."""
+    crc = step_crc(step, position, tokens, sample, payload, drafted)
+    frame = pb.Frame(tokens=tokens, payload=payload, crc32c=crc, drafted=drafted)
     return pb.ClientMessage(step=pb.Step(step=step, position=position, sample=sample, frame=frame)).SerializeToString()
 
 
@@ -177,4 +183,5 @@ def crc_matches(step: pb.Step) -> bool:
     if step.HasField("kv"):
         return kv_crc(step.step, step.position, step.sample, step.kv) == step.kv.crc32c
     frame = step.frame
-    return step_crc(step.step, step.position, frame.tokens, step.sample, frame.payload) == frame.crc32c
+    crc = step_crc(step.step, step.position, frame.tokens, step.sample, frame.payload, frame.drafted)
+    return crc == frame.crc32c

@@ -140,14 +140,16 @@ class Step(_message.Message):
     def __init__(self, step: _Optional[int] = ..., position: _Optional[int] = ..., sample: _Optional[bool] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., kv: _Optional[_Union[KVChunk, _Mapping]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("tokens", "payload", "crc32c")
+    __slots__ = ("tokens", "payload", "crc32c", "drafted")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     CRC32C_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_FIELD_NUMBER: _ClassVar[int]
     tokens: int
     payload: bytes
     crc32c: int
-    def __init__(self, tokens: _Optional[int] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ...) -> None: ...
+    drafted: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tokens: _Optional[int] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., drafted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class KVChunk(_message.Message):
     __slots__ = ("tokens", "first_layer", "last_layer", "coding", "payload", "crc32c")
@@ -172,7 +174,7 @@ class KVChunk(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., coding: _Optional[_Union[KVChunk.Coding, str]] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("step", "length", "token", "decode_us", "queue_us", "compute_us", "onnxruntime_us")
+    __slots__ = ("step", "length", "token", "decode_us", "queue_us", "compute_us", "onnxruntime_us", "tokens")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +182,7 @@ class Result(_message.Message):
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     ONNXRUNTIME_US_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     step: int
     length: int
     token: int
@@ -187,7 +190,8 @@ class Result(_message.Message):
     queue_us: int
     compute_us: int
     onnxruntime_us: int
-    def __init__(self, step: _Optional[int] = ..., length: _Optional[int] = ..., token: _Optional[int] = ..., decode_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., onnxruntime_us: _Optional[int] = ...) -> None: ...
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., length: _Optional[int] = ..., token: _Optional[int] = ..., decode_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., onnxruntime_us: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ()

@@ -15,6 +15,10 @@ MAX_MESSAGE_BYTES = 4 << 20
 # few enough that a session's buffers stay small (this times MAX_MESSAGE_BYTES).
 PIPELINE_DEPTH = 4
 
+# Steps with drafts are small, and many may be on their way at once. The server keeps the results of so many steps, so
+# that none is lost with its stream; a device has at most so many without an answer.
+RESULTS_KEPT = 32
+
 _PING_INTERVAL_MS = 20_000  # a dead peer or a silent network shows within this and the timeout
 _PING_TIMEOUT_MS = 10_000
 _LEAST_PING_INTERVAL_MS = 10_000  # what the server tolerates; must stay below the interval, or it drops the client

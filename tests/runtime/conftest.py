@@ -86,7 +86,18 @@ class FakeSession:
         del self._rows[length:]
 
     def sample(self) -> int:
-        return (zlib.crc32(b"".join(self._rows)) + self._seed) % VOCABULARY
+        return self._choice(self.length)
+
+    def verify(self, drafted: Sequence[int]) -> list[int]:
+        first = self.length - len(drafted)
+        tokens = [self._choice(first)]
+        while len(tokens) <= len(drafted) and tokens[-1] == drafted[len(tokens) - 1]:
+            tokens.append(self._choice(first + len(tokens)))
+        self.truncate(first + len(tokens) - 1)
+        return tokens
+
+    def _choice(self, length: int) -> int:
+        return (zlib.crc32(b"".join(self._rows[:length])) + self._seed) % VOCABULARY
 
     def close(self) -> None:
         self._engine.sessions.remove(self)

@@ -121,7 +121,7 @@ FITTING = {"protocol_major": 1, "manifest_sha256": MANIFEST, "split": 2, "codec"
 @pytest.mark.parametrize(
     ("change", "code", "named"),
     [
-        ({"protocol_major": 2}, "VERSION_MISMATCH", ["2.0", "1.1"]),
+        ({"protocol_major": 2}, "VERSION_MISMATCH", ["2.0", "1.2"]),
         ({"manifest_sha256": "c" * 64}, "MANIFEST_MISMATCH", ["c" * 64, MANIFEST]),
         ({"split": 3}, "MANIFEST_MISMATCH", ["layer 3", "at 2"]),
         ({"codec": "zip"}, "UNSUPPORTED_CODEC", ["zip", "raw32, raw16"]),
@@ -446,8 +446,8 @@ def test_a_repeated_step_gets_its_result_again_and_is_not_computed_again(client,
     client.send(frame(2, tokens[:1], len(PROMPT)))
     second = client.result()
     assert (first.token, second.token) == tuple(tokens)
-    client.send(frame(1, PROMPT, 0))  # older: answered with where the session is
-    assert client.result() == second
+    client.send(frame(1, PROMPT, 0))  # older: its result is kept, too
+    assert client.result() == first
     assert engine.advanced == 2
 
 
