@@ -147,9 +147,7 @@ def read_sampling(wire: pb.Sampling) -> Sampling:
         raise Refusal("BAD_REQUEST", str(error)) from error
 
 
-def step_crc(
-    step: int, position: int, tokens: int, sample: bool, payload: bytes, drafted: Sequence[int] = ()
-) -> int:
+def step_crc(step: int, position: int, tokens: int, sample: bool, payload: bytes, drafted: Sequence[int] = ()) -> int:
     """CRC32C of a step's header, payload and drafts, so that no field is believed that a flipped bit has changed."""
     header = google_crc32c.value(_STEP_HEADER.pack(step, position, tokens, sample))
     crc = google_crc32c.extend(header, payload)
