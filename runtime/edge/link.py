@@ -19,12 +19,22 @@ from ...errors import LinkError, ProtocolError, RequestError, SecurityError
 from ...quant.codec import Codec
 from ..sampling import Sampling
 from ..wire import isthmus_pb2 as pb
-from ..wire.framing import KV_MINOR, PROTOCOL_MAJOR, fault_error, hello_message, kv_message, open_message, step_message
+from ..wire.framing import (
+    DRAFT_MINOR,
+    KV_MINOR,
+    PROTOCOL_MAJOR,
+    fault_error,
+    hello_message,
+    kv_message,
+    open_message,
+    step_message,
+)
 from ..wire.kv import encode_rows
 from ..wire.security import ChannelSecurity
 from ..wire.stream import ClientStream
-from ..wire.transport import PIPELINE_DEPTH
+from ..wire.transport import PIPELINE_DEPTH, RESULTS_KEPT
 from .generate import Move, StepReport
+from .verification import Answer, Question, checked_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +63,12 @@ class _Session:
     acknowledged: int = 0
     unacknowledged: deque[tuple[int, bytes]] = field(default_factory=deque)  # steps as they were sent
     on_the_way: deque[int] = field(default_factory=deque)
+    questions: deque[Question] = field(default_factory=deque)  # submitted steps that were not collected
     round: int = 0
     resends: int = 0  # since the last result
     attempts: int = 0  # to attach again, since the last result
     bytes_up: int = 0  # of steps, those sent again included
+    told_up: int = 0  # of them, those in a report
     bytes_down: int = 0
 
 
@@ -95,7 +107,7 @@ class RemoteBack:
         step_timeout: float = 30.0,
         max_reattach: int = MAX_REATTACH,
     ) -> None:
-        self.round_trips = 0  # times that the device waited for a token
+        self.round_trips = 0  # one after the other: steps on their way together count once
         self.reattached = 0  # streams that took over from a broken one
         self._address = address
         self._hello = hello_message(manifest_sha256, split, codec.name)
@@ -206,6 +218,88 @@ class RemoteBack:
         message = step_message(self._session.last_step + 1, position, len(hidden), sample, payload)
         return self._exchange(message, started, sample=sample)
 
+    @property
+    def verifies(self) -> bool:
+        """Whether the server is new enough to take drafts."""
+        return self._minor >= DRAFT_MINOR
+
+    @property
+    def on_the_way(self) -> int:
+        """Submitted steps that were not collected."""
+        return len(self._session.questions)
+
+    def submit(self, hidden: NDArray[np.float32], position: int, token_ids: Sequence[int], *, drafted: int = 0) -> None:
+        """Send a step that asks for tokens and do not wait for them: `collect` gives them, in the order of the steps.
+
+        Args:
+            hidden: see `step`.
+            position: see `step`.
+            token_ids: of the same positions.
+            drafted: how many of the last ids are guesses. If all are, the step goes on from one that was not
+                collected yet, and the first id is a guess at what that one chooses.
+
+        Raises:
+            RequestError: too many steps wait to be collected; the server keeps no more results.
+            CodecError: the hidden states are not finite.
+        """
+        session = self._session
+        self._live_stream()
+        if len(session.questions) >= RESULTS_KEPT:
+            raise RequestError(
+                f"{len(session.questions)} steps without an answer: collect one, {RESULTS_KEPT} are kept"
+            )
+        started = perf_counter()
+        payload = self._codec.encode(hidden, token_ids)
+        drafts = list(token_ids[len(token_ids) - drafted :])
+        message = step_message(session.last_step + 1, position, len(hidden), True, payload, drafts)
+        session.last_step += 1
+        sent = perf_counter()
+        ids = tuple(token_ids)
+        trip = self.round_trips + 1
+        session.questions.append(Question(session.last_step, position, ids, drafted, trip, sent - started, sent))
+        session.unacknowledged.append((session.last_step, message))
+        self._send_step(message)
+
+    def answered(self) -> bool:
+        """Whether `collect` need not wait for the server, as far as one can see."""
+        return self._live_stream().ready
+
+    def collect(self) -> Answer:
+        """Wait for the tokens of the oldest submitted step.
+
+        Returns:
+            Them, and what the step cost; the bytes are those that crossed since the last report.
+
+        Raises:
+            LinkError: the link is gone and could not be restored.
+            ProtocolError: the server refused the step, has forgotten the session, or its answer does not fit what was
+                sent; `close` the link then.
+        """
+        session = self._session
+        question = session.questions[0]
+        self._live_stream()
+        bytes_down = session.bytes_down
+        results: list[pb.Result] = []
+        while not results or results[-1].step < question.step:
+            result = self._receive_result()
+            if result is not None:
+                results.append(result)
+        session.questions.popleft()
+        self.round_trips = max(self.round_trips, question.trip)
+        last = results[-1]
+        bytes_up, session.told_up = session.bytes_up - session.told_up, session.bytes_up
+        report = StepReport(
+            bytes_up=bytes_up,
+            bytes_down=session.bytes_down - bytes_down,
+            encode_s=question.encode_s,
+            wait_s=perf_counter() - question.sent,
+            server_decode_s=last.decode_us / 1e6,
+            server_queue_s=last.queue_us / 1e6,
+            server_compute_s=last.compute_us / 1e6,
+            onnxruntime_s=last.onnxruntime_us / 1e6,
+        )
+        return Answer(checked_tokens(question, last), report)
+
     def send_rows(self, rows: NDArray[Any], position: int, first_layer: int) -> StepReport:
         """Send keys and values of consecutive positions, which the device's own copy of the back computed.
 
@@ -242,6 +336,7 @@ class RemoteBack:
             result = self._receive_result()
             if result is not None:
                 results.append(result)
+        session.told_up = session.bytes_up
         self.round_trips += sample
         last = results[-1] if results else pb.Result()
         return StepReport(
@@ -397,8 +492,8 @@ class RemoteBack:
                 reason = error
         self.reattached += 1
         session.on_the_way.clear()
-        if attached.last_step > session.acknowledged:
-            session.on_the_way.append(session.round)  # its result follows, and acknowledges those before it too
+        for _ in range(min(attached.last_step - session.acknowledged, RESULTS_KEPT if self.verifies else 1)):
+            session.on_the_way.append(session.round)  # the results of these follow
         if attached.last_step < session.last_step:
             self._resend(attached.last_step + 1)
 

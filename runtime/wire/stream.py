@@ -35,6 +35,11 @@ class ClientStream:
         """Hand a message to gRPC; if the stream is broken, `receive` tells."""
         self._outgoing.put(message)
 
+    @property
+    def ready(self) -> bool:
+        """Whether `receive` has something to tell at once."""
+        return not self._inbox.empty()
+
     def receive(self, timeout: float) -> pb.ServerMessage:
         """The next message.
 
