@@ -10,7 +10,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from .generate import add_server_options, open_model
+from .generate import add_draft_options, add_server_options, open_model
 
 if TYPE_CHECKING:
     from ..runtime.edge.bench import BenchReport
@@ -23,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", default="128", metavar="N[,N]", help="generation lengths (default 128)")
     parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="of each test (default 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_draft_options(parser)
     add_server_options(parser)
 
 

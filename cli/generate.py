@@ -43,6 +43,24 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_draft_options(parser: argparse.ArgumentParser) -> None:
+    """Declare how tokens are drafted, for the commands that generate over a link."""
+    parser.add_argument(
+        "--draft",
+        choices=("auto", "off", "chain", "ngram"),
+        default="auto",
+        help="guess tokens, so that several cross in one round trip; the text stays the same. chain: by the bundle's "
+        "trained draft; ngram: by what stood in the text before; auto (default): both, as far as they pay",
+    )
+    parser.add_argument("--draft-length", type=int, metavar="N", help="most guesses at once (default: as many as pay)")
+    parser.add_argument(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="guess on while the answer is on its way (default)",
+    )
+
+
 def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> EdgeModel:
     """Open the device half with the options of `add_server_options`, and a deadline for each token."""
     from pathlib import Path
@@ -65,6 +83,9 @@ def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> Ed
         threads=args.threads,
         context=args.context,
         memory_limit_mb=limit_mb,
+        draft=args.draft,
+        draft_length=args.draft_length,
+        overlap=args.overlap,
     )
 
 
@@ -110,6 +131,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="what the server gets then: its layers' KV cache, or the hidden states at the split, usually much less "
         "(default hidden)",
     )
+    add_draft_options(parser)
     add_server_options(parser)
 
 
@@ -211,6 +233,11 @@ def _summary(result: Generation) -> str:
         if result.new_tokens > 1:
             line += f", {result.decode_bytes_up / (result.new_tokens - 1):.0f} per new one"
         line += f"; {result.round_trips} round trips"
+        if result.drafts.drafted:
+            line += (
+                f", {result.tokens_per_round_trip:.1f} tokens each: {result.drafts.accepted} of "
+                f"{result.drafts.drafted} drafts accepted"
+            )
     if result.deadline_ms is not None:
         levels = Counter(token.level for token in result.tokens)
         shares = ", ".join(f"{count} at level {level}" for level, count in sorted(levels.items()))

@@ -64,9 +64,16 @@ class Sampler:
     Args:
         sampling: the request's choice.
         context_ids: the prompt. Only the repetition penalty reads it; without one it may stay empty.
+        vocabulary: the tokens that the logits stand for, ascending, where they are not of all tokens.
     """
 
-    def __init__(self, sampling: Sampling, context_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        context_ids: Sequence[int] = (),
+        vocabulary: NDArray[np.int64] | None = None,
+    ) -> None:
+        self._vocabulary = vocabulary
         self._temperature = sampling.temperature
         self._top_p = sampling.top_p
         self._min_p = sampling.min_p
@@ -90,7 +97,7 @@ class Sampler:
         """Choose the token at a position; the history stays as it is until `accept`.
 
         Args:
-            logits: ``[vocab_size]``, left unchanged.
+            logits: ``[vocab_size]``, or of the sampler's own vocabulary; left unchanged.
             position: of the token to be chosen: the number of tokens before it, prompt included.
 
         Raises:
@@ -104,15 +111,23 @@ class Sampler:
                 "the weights are damaged or their precision is too low: check or repeat the export"
             )
         if self._temperature == 0.0 and self._penalty == 1.0:
-            return greatest
+            return self._token(greatest)
         scores: NDArray[np.floating] = logits
         if self._penalty != 1.0 and self._history:
             scores = self._penalise(logits)
         if self._temperature == 0.0:
-            return int(scores.argmax())
+            return self._token(int(scores.argmax()))
         scores = scores.astype(np.float64) / self._temperature
         kept = self._filter(scores)
-        return int(kept[(scores[kept] + gumbel(self._seed, position, kept)).argmax()])
+        tokens = kept if self._vocabulary is None else self._vocabulary[kept]
+        return int(tokens[(scores[kept] + gumbel(self._seed, position, tokens)).argmax()])
+
+    def index(self, token: int) -> int:
+        """Where a token of the sampler's vocabulary stands among the logits."""
+        return token if self._vocabulary is None else int(np.searchsorted(self._vocabulary, token))
+
+    def _token(self, index: int) -> int:
+        return index if self._vocabulary is None else int(self._vocabulary[index])
 
     def accept(self, token: int) -> None:
         """Append a token to the history: the one sampled here, or the one that the server chose."""
@@ -130,6 +145,10 @@ class Sampler:
 
     def _penalise(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
         ids = np.array(self._history, np.int64)
+        if self._vocabulary is not None:
+            ids = np.flatnonzero(np.isin(self._vocabulary, ids))
+            if not ids.size:
+                return logits.astype(np.float64)
         if ids.min() < 0 or ids.max() >= logits.size:
             raise RequestError(
                 f"token ids from {ids.min()} to {ids.max()} in the history: must lie in [0, {logits.size})"

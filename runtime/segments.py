@@ -194,6 +194,11 @@ class StackSession:
         self._lanes: OrderedDict[int, _Lane] = OrderedDict()
 
     @property
+    def d_model(self) -> int:
+        """Width of the hidden states."""
+        return self._stack.manifest.architecture.d_model
+
+    @property
     def onnxruntime_seconds(self) -> float:
         """Time that the stack spent in onnxruntime so far, by all sessions."""
         return self._stack.onnxruntime_seconds

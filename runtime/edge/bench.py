@@ -1,7 +1,7 @@
 """Speed and memory of an opened model, in llama-bench's shape.
 
 ``pp<N>`` is the prefill of N tokens, up to the choice of the token after them; ``tg<N>`` is the generation of N
-tokens one by one after a prompt of one. Both exclude tokenisation, detokenisation and the opening of the
+tokens one by one, undrafted, after a prompt of one. Both exclude tokenisation, detokenisation and the opening of the
 session, and include the choice of the token (greedy). Over a link, both are what the device sees.
 """
 
@@ -232,7 +232,7 @@ def generate_exactly(model: EdgeModel, prompt_tokens: int, new_tokens: int) -> t
     """
     vocabulary = model.manifest.architecture.vocab_size
     ids = np.random.default_rng(PROMPT_SEED).integers(vocabulary, size=prompt_tokens).tolist()
-    stream = model.tokens(ids, max_new_tokens=new_tokens, end_tokens=())
+    stream = model.tokens(ids, max_new_tokens=new_tokens, end_tokens=(), draft="off")
     try:
         started = perf_counter()
         tokens = list(stream)

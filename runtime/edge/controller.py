@@ -60,7 +60,7 @@ class LevelChange(NamedTuple):
     reason: str
 
 
-class _Mean:
+class RunningMean:
     """A running mean and mean deviation, in seconds, that one outlier hardly moves."""
 
     def __init__(self) -> None:
@@ -163,7 +163,7 @@ class Controller:
         self.level = level
         self.changes: list[LevelChange] = []
         self.link = LinkEstimator()
-        self._device, self._server, self._residual = _Mean(), _Mean(), _Mean()
+        self._device, self._server, self._residual = RunningMean(), RunningMean(), RunningMean()
         self._sizes = np.ones(levels)
         self._tokens = 0
         self._held = 0  # tokens for which a finer level was predicted to hold

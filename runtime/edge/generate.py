@@ -147,12 +147,13 @@ class Token(NamedTuple):
     """One generated token.
 
     Attributes:
-        source: who decided it: ``server`` or ``local``.
+        source: who had it first: ``server`` or ``local``, or a draft that the server confirmed: ``draft`` (the trained
+            one) or ``ngram``.
         layers: layers that its hidden state went through.
         bytes_up: bytes sent to get it; the first token's include the prompt's.
         front_s: seconds in the device's embedding and layers.
         front_onnxruntime_s: of that, inside onnxruntime.
-        total_s: seconds from the step's begin to the token.
+        total_s: seconds from the step's begin to the token; tokens that came with another one took none.
         report: the sum of the costs of all its chunks.
         level: of the codec, where a controller chooses it.
     """

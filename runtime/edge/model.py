@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +23,19 @@ from ..sampling import Sampling
 from ..segments import AbsentEmbedding, Embedding, Head, LayerStack
 from ..text import StopStrings, Tokenizer
 from .controller import Controller, PacedCodec
+from .draft_pace import DraftPace
+from .drafting import MAX_DRAFTS, DraftedTokens
 from .generate import PREFILL_CHUNK, Back, LocalBack, generate_tokens
 from .handover import REATTACH_ATTEMPTS, HandOver, MovingBack, OwnBack
 from .stream import Generation, TextStream, TokenStream
 
 if TYPE_CHECKING:
     from ..wire.security import ChannelSecurity
+    from .link import RemoteBack
 
+logger = logging.getLogger(__name__)
+
+DraftMode = Literal["auto", "off", "chain", "ngram"]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or chat messages ``{"role": …, "content": …}``."""
@@ -56,6 +63,9 @@ class EdgeModel:
         threads: int | None = None,
         context: int | None = None,
         memory_limit_mb: float | None = None,
+        draft: DraftMode = "auto",
+        draft_length: int | None = None,
+        overlap: bool = True,
     ) -> None:
         """Open ``OUT/device``; nothing is sent before the first generation.
 
@@ -74,6 +84,11 @@ class EdgeModel:
             context: most positions of a generation, prompt included; by default all that the bundle was exported for.
             memory_limit_mb: refuse what would take more resident memory at its peak, before anything is loaded; by
                 default what the machine, or the container, has free.
+            draft: how tokens are guessed, so that several cross in one round trip; no guess changes the text.
+                ``chain`` takes the bundle's trained draft, ``ngram`` what stood in the text before, ``auto`` both as
+                far as there are any and they pay, ``off`` none.
+            draft_length: most guesses that wait for an answer; by default as many as pay, at most `MAX_DRAFTS`.
+            overlap: whether the device guesses on while it waits.
 
         Raises:
             BundleError: the folder is no intact device half.
@@ -103,6 +118,13 @@ class EdgeModel:
         self._deadline_ms = deadline_ms
         self._bundle, self._server, self._security = bundle, server, security
         self._controller()  # a deadline of no use is an error now
+        self._draft = self._checked_draft(draft)
+        if draft_length is not None and not 1 <= draft_length <= MAX_DRAFTS:
+            raise RequestError(f"draft length {draft_length}: must lie between 1 and {MAX_DRAFTS}")
+        self._draft_length = MAX_DRAFTS if draft_length is None else draft_length
+        self._overlap = overlap
+        self._pace = DraftPace()
+        self._told_old = False
         self._manifest_sha256 = bundle.manifest_sha256
         self.tokenizer = Tokenizer.from_file(
             bundle.path("tokenizer.json"),
@@ -128,6 +150,7 @@ class EdgeModel:
         threads: int | None = None,
         context: int | None = None,
         memory_limit_mb: float | None = None,
+        draft: DraftMode = "auto",
     ) -> EdgeModel:
         """Open ``OUT/device`` with the options that most apps need; see the class for the rest."""
         from ..wire.security import ChannelSecurity
@@ -143,6 +166,7 @@ class EdgeModel:
             threads=threads,
             context=context,
             memory_limit_mb=memory_limit_mb,
+            draft=draft,
         )
 
     def stream(
@@ -153,6 +177,7 @@ class EdgeModel:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         hand_over: HandOver | None = None,
+        draft: DraftMode | None = None,
     ) -> TextStream:
         """Begin a generation and return its text as a stream.
 
@@ -163,6 +188,7 @@ class EdgeModel:
             stop: strings that end the text and are not part of it.
             hand_over: begin on the device alone, and move to the server there; needs a bundle that was exported with
                 all layers for the device, and a server.
+            draft: in place of the model's own.
 
         Raises:
             RequestError: the prompt is empty, too long or holds ids outside the vocabulary; or there can be no
@@ -170,7 +196,7 @@ class EdgeModel:
             LinkError: the server cannot be reached or refuses the session.
         """
         stop_strings = StopStrings(stop)
-        tokens = self.tokens(prompt, max_new_tokens=max_new_tokens, sampling=sampling, hand_over=hand_over)
+        tokens = self.tokens(prompt, max_new_tokens=max_new_tokens, sampling=sampling, hand_over=hand_over, draft=draft)
         return TextStream(tokens, self.tokenizer, stop_strings)
 
     def tokens(
@@ -181,6 +207,7 @@ class EdgeModel:
         sampling: Sampling | None = None,
         end_tokens: Sequence[int] | None = None,
         hand_over: HandOver | None = None,
+        draft: DraftMode | None = None,
     ) -> TokenStream:
         """Begin a generation and return its tokens, below text; the caller closes the stream.
 
@@ -190,6 +217,7 @@ class EdgeModel:
             sampling: see `stream`.
             end_tokens: ids that end it; by default the bundle's.
             hand_over: see `stream`.
+            draft: see `stream`.
 
         Raises:
             RequestError: see `stream`.
@@ -207,20 +235,40 @@ class EdgeModel:
         codec = self._levels[self._level] if controller is None else PacedCodec(self._levels, controller)
         back = self._back(codec, hand_over)
         back.open(capacity, sampling, ids if sampling.repetition_penalty != 1.0 else ())
-        tokens = generate_tokens(
-            self._embedding,
-            front,
-            back,
-            ids,
-            layers=self.manifest.architecture.layers,
-            max_new_tokens=max_new_tokens,
-            end_tokens=self.manifest.end_tokens if end_tokens is None else end_tokens,
-            controller=controller,
-        )
+        options: Any = {
+            "layers": self.manifest.architecture.layers,
+            "max_new_tokens": max_new_tokens,
+            "end_tokens": self.manifest.end_tokens if end_tokens is None else end_tokens,
+        }
+        drafts = None
+        mode = self._draft if draft is None else self._checked_draft(draft)
+        if mode != "off" and hand_over is None and self._verifies(back):
+            drafted = DraftedTokens(
+                self._embedding,
+                front,
+                cast("RemoteBack", back),
+                ids,
+                trained=None,
+                ngrams=mode in ("auto", "ngram"),
+                pace=self._pace,
+                length=self._draft_length,
+                overlap=self._overlap,
+                **options,
+            )
+            tokens, drafts = iter(drafted), drafted.counts
+        else:
+            tokens = generate_tokens(self._embedding, front, back, ids, controller=controller, **options)
         if isinstance(back, MovingBack):
             tokens = back.watched(tokens)
-        name = codec.name if self._server else "none"
-        return TokenStream(tokens, back, prompt_tokens=len(ids), codec=name, started=started, controller=controller)
+        return TokenStream(
+            tokens,
+            back,
+            prompt_tokens=len(ids),
+            codec=codec.name if self._server else "none",
+            started=started,
+            controller=controller,
+            drafts=drafts,
+        )
 
     def generate(
         self,
@@ -230,9 +278,12 @@ class EdgeModel:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         hand_over: HandOver | None = None,
+        draft: DraftMode | None = None,
     ) -> Generation:
         """Generate to the end; see `stream` for arguments and errors."""
-        stream = self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, hand_over=hand_over)
+        stream = self.stream(
+            prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, hand_over=hand_over, draft=draft
+        )
         for _ in stream:
             pass
         return stream.result
@@ -296,6 +347,32 @@ class EdgeModel:
                 f"a deadline needs a codec with levels: {self._levels[0].name} has none; choose klt, tabq or tabq-rans"
             )
         return Controller(self._deadline_ms / 1e3, level=self._level, levels=len(self._levels))
+
+    def _checked_draft(self, draft: DraftMode) -> DraftMode:
+        """How to draft; ``auto`` is off where nothing can be drafted."""
+        if draft not in get_args(DraftMode):
+            raise RequestError(f"draft={draft!r}: must be one of {', '.join(get_args(DraftMode))}")
+        reason = None
+        if not self._server:
+            reason = "the device runs all layers itself, there is no round trip to save"
+        elif self.manifest.whole_on_device:
+            reason = "this bundle's sessions move between device and server, and drafts do not move with them"
+        elif self._deadline_ms is not None:
+            reason = "a deadline is kept for single tokens"
+        if reason is None or draft == "off":
+            return draft
+        if draft != "auto":
+            raise RequestError(f"draft={draft!r}: {reason}; leave drafting off")
+        return "off"
+
+    def _verifies(self, back: Back) -> bool:
+        """Whether the server of an opened session takes drafts."""
+        if cast("RemoteBack", back).verifies:
+            return True
+        if not self._told_old:
+            logger.warning("%s is too old to verify drafts, a token takes a round trip; update it", self._server)
+        self._told_old = True
+        return False
 
     @property
     def server(self) -> str | None:

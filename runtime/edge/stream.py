@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from ..text import Detokenizer, StopStrings, Tokenizer
 from .controller import Controller, LevelChange
+from .drafting import DraftCounts
 from .generate import Back, Move, Token
 
 
@@ -26,6 +27,7 @@ class Generation:
         deadline_ms: for each token but the first, if there was one.
         level_changes: of the codec, to keep the deadline.
         moves: of a session that went from the device to the server, or back.
+        drafts: what came of them, if there were any.
     """
 
     text: str
@@ -42,6 +44,12 @@ class Generation:
     deadline_ms: float | None = None
     level_changes: tuple[LevelChange, ...] = ()
     moves: tuple[Move, ...] = ()
+    drafts: DraftCounts = field(default_factory=DraftCounts)
+
+    @property
+    def tokens_per_round_trip(self) -> float | None:
+        """Generated tokens by round trips, steps that were on their way together counted once; None without any."""
+        return len(self.token_ids) / self.round_trips if self.round_trips else None
 
     @property
     def new_tokens(self) -> int:
@@ -80,6 +88,9 @@ class Generation:
             }
             for t in self.tokens
         ]
+        del result["drafts"]
+        result |= {"drafted": self.drafts.drafted, "accepted": self.drafts.accepted}
+        result["tokens_per_round_trip"] = self.tokens_per_round_trip
         result["late_tokens"] = self.late_tokens
         result["level_changes"] = [change._asdict() for change in self.level_changes]
         result["moves"] = [move._asdict() for move in self.moves]
@@ -93,6 +104,7 @@ class TokenStream:
         prompt_tokens: length of the prompt.
         codec: what hidden states are sent in; ``none`` if the device runs the whole model.
         started: `time.perf_counter` when the generation was asked for.
+        drafts: what came of them so far.
     """
 
     def __init__(
@@ -104,8 +116,10 @@ class TokenStream:
         codec: str,
         started: float,
         controller: Controller | None = None,
+        drafts: DraftCounts | None = None,
     ) -> None:
         self._tokens = tokens
+        self.drafts = drafts if drafts is not None else DraftCounts()
         self._controller = controller
         self._back = back
         self.prompt_tokens = prompt_tokens
@@ -215,4 +229,5 @@ class TextStream:
             deadline_ms=self._tokens.deadline_ms,
             level_changes=self._tokens.level_changes,
             moves=self._tokens.moves,
+            drafts=self._tokens.drafts,
         )

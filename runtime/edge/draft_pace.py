@@ -1,0 +1,101 @@
+"""How far to draft: until another draft costs more time than it is expected to save.
+
+A draft saves a round trip if it and all before it are right. The chance of that is the product of the drafts'
+chances, each calibrated by how often guesses of its kind were right so far: of an n-gram by the length of its match, of
+a trained draft by the probability that it gives to its token. Guesses count whether or not they were sent, so that
+drafting that did not pay starts again when it would.
+
+Where the device drafts on while steps are on their way, a draft costs nothing unless it keeps the device busy when an
+answer arrives: at most the time of one draft. Where it drafts first and waits then, every draft delays the answer, and
+the expected tokens per second decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Literal, NamedTuple
+
+from .controller import RunningMean
+
+DraftSource = Literal["draft", "ngram"]
+
+_PRIOR_WEIGHT = 4.0  # guesses that the first expectation counts for
+_MEMORY = 64.0  # guesses after which old ones fade
+_KINDS = 8  # of a trained draft's guesses, by their probability
+_NGRAM_PRIORS = {1: 0.15, 2: 0.35, 3: 0.5, 4: 0.6, 5: 0.65, 6: 0.75}
+
+
+class Guess(NamedTuple):
+    """A token that is expected at a position.
+
+    Attributes:
+        kind: length of an n-gram's match, or class of a trained draft's probability.
+        chance: calibrated, that it is right if all before it are.
+    """
+
+    token: int
+    source: DraftSource
+    kind: int
+    chance: float
+
+
+class DraftPace:
+    """What drafts gain and cost on this device, link and text; it outlives a generation."""
+
+    def __init__(self) -> None:
+        self._right: dict[tuple[DraftSource, int], tuple[float, float]] = {}  # right, all
+        self._answer = RunningMean()
+        self._server = RunningMean()
+        self._draft: dict[DraftSource, RunningMean] = {"draft": RunningMean(), "ngram": RunningMean()}
+
+    def ngram(self, token: int, length: int) -> Guess:
+        """A guess by a match of ``length`` tokens."""
+        return Guess(token, "ngram", length, self._chance("ngram", length, _NGRAM_PRIORS[length]))
+
+    def trained(self, token: int, probability: float) -> Guess:
+        """A guess by the trained draft."""
+        kind = min(int(probability * _KINDS), _KINDS - 1)
+        return Guess(token, "draft", kind, self._chance("draft", kind, (kind + 0.5) / _KINDS))
+
+    def learn(self, guess: Guess, right: bool) -> None:
+        """Take note of what a guess came to."""
+        key = guess.source, guess.kind
+        hits, count = self._right.get(key, (0.0, 0.0))
+        fade = 1.0 if count < _MEMORY else 1 - 1 / _MEMORY
+        self._right[key] = hits * fade + right, count * fade + 1
+
+    def answered(self, seconds: float, server_s: float) -> None:
+        """Take note of a step that was sent while no other was on its way: until its answer, and the server's part."""
+        self._answer.add(seconds)
+        self._server.add(server_s)
+
+    def drafted(self, source: DraftSource, seconds: float) -> None:
+        """Take note of what a draft took: the guess, and the front's run over it."""
+        self._draft[source].add(seconds)
+
+    @property
+    def server_s(self) -> float:
+        """What the server takes for a step: frames need not follow each other faster."""
+        return self._server.mean_s
+
+    def pays(self, guess: Guess, before: Sequence[Guess], *, overlap: bool) -> bool:
+        """Whether drafting ``guess`` after other unanswered ones is expected to save time.
+
+        Args:
+            guess: the next one.
+            before: guesses that are not answered yet.
+            overlap: whether the device drafts on while steps are on their way.
+        """
+        chances = [each.chance for each in before]
+        chance = prod(chances) * guess.chance
+        draft_s = self._draft[guess.source].mean_s
+        if overlap:
+            return chance * self._answer.mean_s > draft_s
+        expected = 1 + sum(prod(chances[: number + 1]) for number in range(len(chances)))
+        seconds = self._answer.mean_s + sum(self._draft[each.source].mean_s for each in before)
+        return chance * seconds > expected * draft_s
+
+    def _chance(self, source: DraftSource, kind: int, prior: float) -> float:
+        hits, count = self._right.get((source, kind), (0.0, 0.0))
+        return (hits + _PRIOR_WEIGHT * prior) / (count + _PRIOR_WEIGHT)

@@ -1,0 +1,174 @@
+"""Generation with drafts over real sockets: the tokens are those without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from isthmus.errors import ProtocolError, RequestError
+from isthmus.export.export import export_bundle
+from isthmus.runtime.edge.drafting import MAX_DRAFTS
+from isthmus.runtime.edge.model import EdgeModel
+from isthmus.runtime.edge.verification import Answer
+from isthmus.runtime.sampling import Sampling
+from isthmus.runtime.server.server import BackServer
+from isthmus.runtime.wire import framing
+from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
+
+PROMPT = "to be or not to be or not to be, that is the question to be or not"
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "penalty": Sampling(repetition_penalty=1.2),
+    "sampled": Sampling(temperature=0.7, seed=3),
+    "filtered": Sampling(temperature=1.1, top_k=12, top_p=0.9, min_p=0.02, repetition_penalty=1.1, seed=2**63),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Callable[..., Path]) -> Path:
+    """A bundle whose greedy texts soon repeat themselves: the attention hardly counts."""
+    root = tmp_path_factory.mktemp("repeating")
+    checkpoint = write_checkpoint(root / "checkpoint", "llama", 1)
+    weights = load_file(checkpoint / "model.safetensors")
+    forgetful = {name: w * np.float32(0.01 if "o_proj" in name else 1) for name, w in weights.items()}
+    save_file(forgetful, checkpoint / "model.safetensors")
+    bits = dict.fromkeys(("front_bits", "back_bits", "embed_bits", "head_bits"), 4)
+    export_bundle(
+        str(checkpoint), root / "bundle", **bits, layers_per_block=2, split=2, calibration_tokens=0, max_length=256
+    )
+    return root / "bundle"
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    with BackServer.from_bundle(folder / "server", threads=1, security=ServerSecurity(insecure=True)) as server:
+        yield server.address
+
+
+def open_model(folder: Path, address: str, **options: Any) -> EdgeModel:
+    options = {"codec": "raw32", "threads": 1} | options
+    return EdgeModel(folder / "device", server=address, security=ChannelSecurity(insecure=True), **options)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("codec", ["raw32", "tabq"])
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "wait"])
+def test_drafted_tokens_are_the_undrafted_ones(folder, address, overlap, codec, sampling):
+    model = open_model(folder, address, codec=codec, overlap=overlap)
+    plain = model.generate(PROMPT, max_new_tokens=100, sampling=sampling, draft="off")
+    drafted = model.generate(PROMPT, max_new_tokens=100, sampling=sampling, draft="ngram")
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.text == plain.text
+    assert drafted.drafts.accepted == sum(token.source == "ngram" for token in drafted.tokens)
+    assert drafted.drafts.accepted <= drafted.drafts.drafted
+    assert sum(drafted.drafts.right) == drafted.drafts.accepted
+    assert {token.source for token in plain.tokens} == {"server"}
+
+
+def test_many_tokens_come_in_one_round_trip(folder, address):
+    model = open_model(folder, address, overlap=False)
+    result = model.generate(PROMPT, max_new_tokens=150, draft="ngram")
+    assert result.drafts.accepted > 20
+    assert result.round_trips == result.new_tokens - result.drafts.accepted
+    printed = result.to_dict()
+    assert printed["tokens_per_round_trip"] == pytest.approx(150 / result.round_trips)
+    assert printed["drafted"] == result.drafts.drafted
+    assert {"ngram", "server"} == {token["source"] for token in printed["tokens"]}
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 17])
+def test_no_draft_goes_beyond_the_last_token(folder, address, new_tokens):
+    model = open_model(folder, address, context=len(PROMPT) + new_tokens)
+    plain = model.generate(PROMPT, draft="off")
+    assert plain.new_tokens == new_tokens
+    assert model.generate(PROMPT).token_ids == plain.token_ids
+
+
+def test_an_end_token_ends_a_drafted_text_as_any_other(folder, address):
+    model = open_model(folder, address)
+    plain = [token.id for token in model.tokens(PROMPT, max_new_tokens=100, draft="off")]
+    for end in sorted(set(plain)):
+        stream = model.tokens(PROMPT, max_new_tokens=100, end_tokens=[end], draft="ngram")
+        try:
+            assert [token.id for token in stream] == plain[: plain.index(end) + 1]
+        finally:
+            stream.close()
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_the_draft_length_bounds_the_guesses(folder, address, length):
+    model = open_model(folder, address, draft_length=length, overlap=False)
+    result = model.generate(PROMPT, max_new_tokens=100, draft="ngram")
+    assert 0 < len(result.drafts.tried) <= length
+
+
+@pytest.mark.parametrize("length", [0, MAX_DRAFTS + 1])
+def test_a_draft_length_out_of_range_is_refused(folder, address, length):
+    with pytest.raises(RequestError, match=str(length)):
+        open_model(folder, address, draft_length=length)
+
+
+def test_a_server_that_does_not_verify_gets_no_drafts(folder, monkeypatch, caplog):
+    monkeypatch.setattr("isthmus.runtime.server.service.PROTOCOL_MINOR", framing.DRAFT_MINOR - 1)
+    with BackServer.from_bundle(folder / "server", threads=1, security=ServerSecurity(insecure=True)) as server:
+        model = open_model(folder, server.address)
+        result = model.generate(PROMPT, max_new_tokens=20)
+        assert result.drafts.drafted == 0
+        model.generate(PROMPT, max_new_tokens=2)
+    assert caplog.text.count("too old to verify drafts") == 1
+
+
+def test_drafts_where_nothing_crosses_a_link_are_refused(tiny, folder, address):
+    with pytest.raises(RequestError, match="no round trip"):
+        EdgeModel(tiny.bundle(bits=4) / "device", draft="ngram")
+    assert EdgeModel(tiny.bundle(bits=4) / "device").generate("x", max_new_tokens=4).drafts.drafted == 0
+    with pytest.raises(RequestError, match="deadline"):
+        open_model(folder, address, codec="tabq", deadline_ms=50, draft="ngram")
+    with pytest.raises(RequestError, match="one of auto"):
+        open_model(folder, address, draft="tree")
+
+
+def test_token_ids_are_drafted_for_a_device_without_layers(tiny):
+    folder = tiny.bundle(bits=4, split=0, max_length=256)
+    with BackServer.from_bundle(folder / "server", threads=1, security=ServerSecurity(insecure=True)) as server:
+        model = open_model(folder, server.address, codec="ids")
+        plain = model.generate(PROMPT, max_new_tokens=100, draft="off")
+        drafted = model.generate(PROMPT, max_new_tokens=100)
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.drafts.accepted > 0
+
+
+@pytest.mark.parametrize("forged", ["skipped", "invented"])
+def test_a_server_that_is_wrong_about_what_follows_is_found_out(folder, address, monkeypatch, forged):
+    from isthmus.runtime.edge.link import RemoteBack
+
+    collect = RemoteBack.collect
+
+    def forge(self: RemoteBack) -> Answer:
+        continues = self._session.questions[0].continues
+        answer = collect(self)
+        if forged == "skipped" and continues:
+            return answer._replace(tokens=())
+        return answer._replace(tokens=answer.tokens or (1,)) if forged == "invented" else answer
+
+    monkeypatch.setattr(RemoteBack, "collect", forge)
+    model = open_model(folder, address)
+    with pytest.raises(ProtocolError, match="guess"):
+        for seed in range(20):
+            model.generate(PROMPT, max_new_tokens=60, draft="ngram", sampling=Sampling(temperature=0.3, seed=seed))
+
+
+def test_a_cut_link_changes_no_drafted_token(folder, address, make_proxy):
+    expected = open_model(folder, address).generate(PROMPT, max_new_tokens=120, draft="off").token_ids
+    proxy = make_proxy(address)
+    model = open_model(folder, proxy.address)
+    with model.stream(PROMPT, max_new_tokens=120, draft="ngram") as stream:
+        for number, _ in enumerate(stream):
+            if number in (3, 20, 60):
+                proxy.cut()
+    assert stream.result.token_ids == expected
