@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from isthmus.errors import ProtocolError, RequestError
-from isthmus.export.export import export_bundle
 from isthmus.runtime.edge.drafting import MAX_DRAFTS
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.edge.verification import Answer
@@ -28,26 +24,17 @@ SAMPLINGS = {
     "filtered": Sampling(temperature=1.1, top_k=12, top_p=0.9, min_p=0.02, repetition_penalty=1.1, seed=2**63),
 }
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Callable[..., Path]) -> Path:
-    """A bundle whose greedy texts soon repeat themselves: the attention hardly counts."""
-    root = tmp_path_factory.mktemp("repeating")
-    checkpoint = write_checkpoint(root / "checkpoint", "llama", 1)
-    weights = load_file(checkpoint / "model.safetensors")
-    forgetful = {name: w * np.float32(0.01 if "o_proj" in name else 1) for name, w in weights.items()}
-    save_file(forgetful, checkpoint / "model.safetensors")
-    bits = dict.fromkeys(("front_bits", "back_bits", "embed_bits", "head_bits"), 4)
-    export_bundle(
-        str(checkpoint), root / "bundle", **bits, layers_per_block=2, split=2, calibration_tokens=0, max_length=256
-    )
-    return root / "bundle"
+SOURCES = {"ngram": {"server", "ngram"}, "chain": {"server", "draft"}, "auto": {"server", "ngram", "draft"}}
 
 
 @pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
-    with BackServer.from_bundle(folder / "server", threads=1, security=ServerSecurity(insecure=True)) as server:
-        yield server.address
+def folder(repeating: Path) -> Path:
+    return repeating
+
+
+@pytest.fixture(scope="module")
+def address(repeating_address: str) -> str:
+    return repeating_address
 
 
 def open_model(folder: Path, address: str, **options: Any) -> EdgeModel:
@@ -58,13 +45,15 @@ def open_model(folder: Path, address: str, **options: Any) -> EdgeModel:
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("codec", ["raw32", "tabq"])
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "wait"])
-def test_drafted_tokens_are_the_undrafted_ones(folder, address, overlap, codec, sampling):
+@pytest.mark.parametrize("draft", ["ngram", "chain", "auto"])
+def test_drafted_tokens_are_the_undrafted_ones(folder, address, draft, overlap, codec, sampling):
     model = open_model(folder, address, codec=codec, overlap=overlap)
     plain = model.generate(PROMPT, max_new_tokens=100, sampling=sampling, draft="off")
-    drafted = model.generate(PROMPT, max_new_tokens=100, sampling=sampling, draft="ngram")
+    drafted = model.generate(PROMPT, max_new_tokens=100, sampling=sampling, draft=draft)
     assert drafted.token_ids == plain.token_ids
     assert drafted.text == plain.text
-    assert drafted.drafts.accepted == sum(token.source == "ngram" for token in drafted.tokens)
+    assert drafted.drafts.accepted == sum(token.source != "server" for token in drafted.tokens)
+    assert {token.source for token in drafted.tokens} <= SOURCES[draft]
     assert drafted.drafts.accepted <= drafted.drafts.drafted
     assert sum(drafted.drafts.right) == drafted.drafts.accepted
     assert {token.source for token in plain.tokens} == {"server"}
@@ -86,14 +75,16 @@ def test_no_draft_goes_beyond_the_last_token(folder, address, new_tokens):
     model = open_model(folder, address, context=len(PROMPT) + new_tokens)
     plain = model.generate(PROMPT, draft="off")
     assert plain.new_tokens == new_tokens
-    assert model.generate(PROMPT).token_ids == plain.token_ids
+    for draft in SOURCES:
+        assert model.generate(PROMPT, draft=draft).token_ids == plain.token_ids
 
 
 def test_an_end_token_ends_a_drafted_text_as_any_other(folder, address):
     model = open_model(folder, address)
     plain = [token.id for token in model.tokens(PROMPT, max_new_tokens=100, draft="off")]
-    for end in sorted(set(plain)):
-        stream = model.tokens(PROMPT, max_new_tokens=100, end_tokens=[end], draft="ngram")
+    for number, end in enumerate(sorted(set(plain))):
+        draft = ("ngram", "chain", "auto")[number % 3]
+        stream = model.tokens(PROMPT, max_new_tokens=100, end_tokens=[end], draft=draft)
         try:
             assert [token.id for token in stream] == plain[: plain.index(end) + 1]
         finally:
@@ -167,7 +158,7 @@ def test_a_cut_link_changes_no_drafted_token(folder, address, make_proxy):
     expected = open_model(folder, address).generate(PROMPT, max_new_tokens=120, draft="off").token_ids
     proxy = make_proxy(address)
     model = open_model(folder, proxy.address)
-    with model.stream(PROMPT, max_new_tokens=120, draft="ngram") as stream:
+    with model.stream(PROMPT, max_new_tokens=120) as stream:
         for number, _ in enumerate(stream):
             if number in (3, 20, 60):
                 proxy.cut()
