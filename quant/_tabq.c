@@ -227,6 +227,14 @@ static PyObject *quantize(PyObject *module, PyObject *args) {
     return result;
 }
 
+/* Whether all values are finite. One that is not exceeds every cutoff, so that it is not coded. */
+static int all_finite(const Quantized *q) {
+    for (Py_ssize_t i = 0; i < q->rows * q->width; i++)
+        if (!q->dense[i] && !isfinite(q->hidden[i]))
+            return 0;
+    return 1;
+}
+
 /* The payload of a quantized frame. `scratch` has room for a 16-bit index of each value. */
 static PyObject *payload_of(const Quantized *q, void *scratch) {
     const int index_bits = bit_width((uint32_t)(q->width - 1));
@@ -294,7 +302,7 @@ static PyObject *encode(PyObject *module, PyObject *args) {
             Quantized q = {hidden.buf,         rows, width, padded_width(width), codes + 2 * rows * width, codes,
                            codes + rows * width};
             if (quantize_rows(&q, &options) == 0)
-                result = payload_of(&q, scratch);
+                result = all_finite(&q) ? payload_of(&q, scratch) : Py_NewRef(Py_None);
             PyMem_Free(room);
         } else
             PyErr_NoMemory();
@@ -398,7 +406,7 @@ static PyMethodDef METHODS[] = {
     {"quantize", quantize, METH_VARARGS,
      "quantize(hidden, d_model, threshold, outliers, tolerance, q_min, q_max, head, codes, coded)"},
     {"encode", encode, METH_VARARGS,
-     "encode(hidden, d_model, threshold, outliers, tolerance, q_min, q_max) -> payload"},
+     "encode(hidden, d_model, threshold, outliers, tolerance, q_min, q_max) -> payload, or None if a value is not finite"},
     {"decode", decode, METH_VARARGS, "decode(payload, tokens, hidden) -> whether it is a payload"},
     {NULL, NULL, 0, NULL},
 };

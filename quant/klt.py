@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CodecError
-from .checks import check_shape, finite_hidden
+from .checks import check_finite, check_shape, shaped_hidden
 from .codec import Raw16
 from .trellis import Floats, TrellisTables, coder_output, native
 
@@ -159,7 +159,7 @@ class KLT:
         Raises:
             CodecError: NaN or infinity, another width, or ids that do not fit.
         """
-        hidden, ids = finite_hidden(hidden), np.asarray(token_ids, np.int64)
+        hidden, ids = shaped_hidden(hidden), np.asarray(token_ids, np.int64)
         predicted = self._tables.predicted
         if hidden.shape != (len(ids), len(self._forward)) or min(token_ids) < 0 or max(token_ids) >= len(predicted):
             raise CodecError(
@@ -171,6 +171,7 @@ class KLT:
         start = native().encode_hidden(hidden, ids, ordinary, output, *self._constants)
         head = bytes([self._level])
         if not ordinary.all():
+            check_finite(hidden)  # a row that is not is not ordinary either
             head = bytes([self._level | _RAW_SECTION]) + _raw_section(hidden, ~ordinary)
             ids = ids[ordinary]
         return b"".join((head, ids[1:].astype(self._id_type).tobytes(), memoryview(output)[start:]))

@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 
 from ..errors import CodecError
 from .bitpack import pack, packed_bytes, unpack
-from .checks import check_shape, finite_hidden
+from .checks import check_finite, check_shape, shaped_hidden
 from .tabq_front import MAX_SCALE, MAX_WIDTH, MIN_WIDTH, RAW, TOKEN, Front, Quantized, index_width, rows_of
 
 try:
@@ -103,10 +103,11 @@ class TabQ:
 
     def encode(self, hidden: NDArray[np.float32], token_ids: Sequence[int] = ()) -> bytes:
         """Encode hidden states ``[tokens, d_model]`` float32; raises `CodecError` on NaN or infinity."""
-        hidden = finite_hidden(hidden)
-        if _tabq is None:
-            return self._encode_numpy(hidden)
-        payload: bytes = _tabq.encode(hidden, hidden.shape[1], *self._options)
+        hidden = shaped_hidden(hidden)
+        payload = None if _tabq is None else _tabq.encode(hidden, hidden.shape[1], *self._options)
+        if payload is None:
+            check_finite(hidden)
+            payload = self._encode_numpy(hidden)
         return payload
 
     def _encode_numpy(self, hidden: NDArray[np.float32]) -> bytes:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+import shutil
 from typing import Any
 
 import numpy as np
@@ -309,3 +311,9 @@ def test_an_outlier_or_raw_value_that_is_not_finite_is_refused() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(CodecError, match=next(iter(options))):
         TabQ(**options)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("name", ["_native", "_tabq"])
+def test_what_can_be_compiled_was(name: str) -> None:
+    importlib.import_module(f"isthmus.quant.{name}")  # both are optional, so that an error in one is silent
