@@ -1,4 +1,4 @@
-# What quant/_tabq.c exports. Arrays are C-contiguous; outputs are written in place. A threshold below 0 stands for none.
+# What quant/_tabq.c exports. Arrays are C-contiguous; outputs are written in place. A threshold below 0 is none.
 from typing import Any
 
 def quantize(

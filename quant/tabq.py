@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 from ..errors import CodecError
 from .bitpack import pack, packed_bytes, unpack
 from .checks import check_finite, check_shape, shaped_hidden
-from .tabq_front import MAX_SCALE, MAX_WIDTH, MIN_WIDTH, RAW, TOKEN, Front, Quantized, index_width, rows_of
+from .tabq_front import MAX_WIDTH, MIN_WIDTH, RAW, TOKEN, Front, Quantized, rows_of
 
 try:
     from . import _tabq
