@@ -1,7 +1,7 @@
-"""The trained draft beside a device half: ``device/draft/``, no part of the manifest, as it changes no output.
+"""A draft: what a device half may have beside its manifest, in the folder ``draft``.
 
-``draft.json`` names what it was trained for and its files: ``layer.onnx``, a block of one layer numbered 0 over the
-front's hidden states; ``head.onnx`` over the tokens of ``vocabulary.bin`` (little-endian uint32, ascending).
+A draft changes no output, so that the server need not know of it, and one can be trained, added or removed without a
+new export: it is not part of the manifest that both halves share, and names what it belongs to itself.
 """
 
 from __future__ import annotations
@@ -16,106 +16,104 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BundleError
-from .bundle import Bundle, FileEntry, KVSpec, Segment, TensorRecord, sha256_file
+from .bundle import Bundle, FileEntry, KVSpec, Segment, Source, check_file, read_segment
 
 DRAFT_FOLDER = "draft"
 DRAFT_RECORD = "draft.json"
+VOCABULARY = "vocabulary.bin"  # uint32, little endian, rising: the id of each row of the draft's head
 DRAFT_SCHEMA = 1
-LAYER, HEAD, VOCABULARY = "layer.onnx", "head.onnx", "vocabulary.bin"
 
 
 @dataclass(frozen=True)
-class DraftBundle:
-    """An intact draft.
+class DraftRecord:
+    """What ``draft.json`` says.
 
     Attributes:
-        half: it, in the form of a bundle half with one block of one layer and a head.
-        vocabulary: ``[n]`` ids of the head's rows, ascending.
-        record: all of ``draft.json``.
+        source: of the model that it was trained for.
+        split: whose hidden states it reads.
+        d_model: their width.
+        segments: one ``block`` with one layer, and one ``head``.
+        vocabulary: ids that it can draft.
+        files: beside the record.
+        training: how it was made and what it reached, for people.
     """
 
-    half: Bundle
+    schema: int
+    source: Source
+    split: int
+    d_model: int
+    segments: tuple[Segment, ...]
+    vocabulary: int
+    files: tuple[FileEntry, ...]
+    training: dict[str, Any]
+
+    def to_json(self) -> str:
+        """Serialise with sorted keys."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An opened draft.
+
+    Attributes:
+        bundle: its layer and head, in the form of a bundle whose device half they are.
+        vocabulary: int64, the id of each row of its head.
+    """
+
+    record: DraftRecord
+    bundle: Bundle
     vocabulary: NDArray[np.int64]
-    record: dict[str, Any]
 
 
-def open_draft(bundle: Bundle, *, verify: bool = True) -> DraftBundle | None:
-    """Read and check the draft of a device half; None if there is none.
-
-    Args:
-        bundle: the device half.
-        verify: compare every file's SHA-256, not only its size.
+def open_draft(bundle: Bundle, *, verify: bool = True) -> Draft | None:
+    """The draft of a device half; None if it has none.
 
     Raises:
-        BundleError: the draft is of another model or split, or a file is missing, truncated or altered.
+        BundleError: it is damaged, or belongs to another model or split.
     """
     folder = bundle.folder / DRAFT_FOLDER
     if not folder.is_dir():
         return None
-    path = folder / DRAFT_RECORD
+    path, manifest = folder / DRAFT_RECORD, bundle.manifest
+    remedy = f"train one with `isthmus distill`, or remove {folder}"
     try:
-        record = json.loads(path.read_bytes())
-        schema, files = record["schema"], [FileEntry(**entry) for entry in record["files"]]
-        fitting = {
-            "source": (record["source"]["files"], bundle.manifest.source.files),
-            "split": (record["split"], bundle.manifest.split),
-            "d_model": (record["d_model"], bundle.manifest.architecture.d_model),
-        }
-        kv = KVSpec(32, record["kv_heads"], record["head_dim"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(
-            f"{path}: no readable record of a draft ({error}); remove {folder} or run `isthmus distill` again"
-        ) from error
-    if schema != DRAFT_SCHEMA:
-        raise BundleError(f"{path}: schema {schema!r} where this version reads {DRAFT_SCHEMA}; distill the draft again")
-    for name, (found, expected) in fitting.items():
-        if found != expected:
-            raise BundleError(
-                f"{folder}: a draft for {name} {found}, this bundle has {expected}; remove the folder, or distill a "
-                "draft for this bundle"
-            )
-    for entry in files:
-        _check(folder / Path(entry.name).name, entry, verify)
+        record = read_draft_record(path.read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path}: no readable draft ({error}); {remedy}") from error
+    if record.source.files != manifest.source.files or record.d_model != manifest.architecture.d_model:
+        raise BundleError(f"{folder}: a draft of {record.source.name}, not of {manifest.source.name}; {remedy}")
+    if record.split != manifest.split:
+        raise BundleError(f"{folder}: a draft for split {record.split}, this bundle has {manifest.split}; {remedy}")
+    for entry in record.files:
+        check_file(folder / Path(entry.name).name, entry, verify)
     vocabulary = np.fromfile(folder / VOCABULARY, "<u4").astype(np.int64)
-    if (
-        not vocabulary.size
-        or (np.diff(vocabulary) <= 0).any()
-        or vocabulary[-1] >= bundle.manifest.architecture.vocab_size
-    ):
-        raise BundleError(
-            f"{folder / VOCABULARY}: must hold ascending ids below the vocabulary's "
-            f"{bundle.manifest.architecture.vocab_size}; distill the draft again"
-        )
-    return DraftBundle(_as_half(bundle, folder, files, kv, vocabulary.size), vocabulary, record)
-
-
-def _as_half(bundle: Bundle, folder: Path, files: list[FileEntry], kv: KVSpec, vocab_size: int) -> Bundle:
-    sizes = {entry.name: entry.bytes for entry in files}
-    layer, head = (
-        # For the memory it takes: all of its files, as if they were one weight.
-        {name: TensorRecord(4, 32, "rtn", True, sum(size for file, size in sizes.items() if file.startswith(name)))}
-        for name in ("layer", "head")
-    )
-    segments = (
-        Segment("draft", "block", "device", 4, 32, 0, 1, graph_file=LAYER, tensors=layer),
-        Segment("draft-head", "head", "device", 4, 32, graph_file=HEAD, tensors=head),
-    )
-    manifest = dataclasses.replace(
-        bundle.manifest,
-        architecture=dataclasses.replace(bundle.manifest.architecture, layers=1, vocab_size=vocab_size),
+    if len(vocabulary) != record.vocabulary or (np.diff(vocabulary) <= 0).any():
+        raise BundleError(f"{folder / VOCABULARY}: not {record.vocabulary} rising ids; {remedy}")
+    if vocabulary[-1] >= manifest.architecture.vocab_size:
+        raise BundleError(f"{folder / VOCABULARY}: ids beyond the model's vocabulary; {remedy}")
+    arch = dataclasses.replace(manifest.architecture, layers=1, vocab_size=record.vocabulary)
+    reduced = dataclasses.replace(
+        manifest,
+        architecture=arch,
         split=1,
-        segments=segments,
-        kv={"device": kv},
-        files={"device": tuple(files)},
+        segments=record.segments,
+        kv={"device": KVSpec(32, arch.kv_heads, arch.head_dim)},
+        files={"device": record.files},
     )
-    return Bundle(folder, "device", manifest, bundle.manifest_sha256)
+    return Draft(record, Bundle(folder, "device", reduced, bundle.manifest_sha256), vocabulary)
 
 
-def _check(path: Path, entry: FileEntry, verify: bool) -> None:
-    remedy = "remove the draft's folder, or copy or distill it again"
-    if not path.is_file():
-        raise BundleError(f"{path}: missing; {remedy}")
-    if path.stat().st_size != entry.bytes:
-        raise BundleError(f"{path}: {path.stat().st_size} bytes where {DRAFT_RECORD} says {entry.bytes}; {remedy}")
-    if verify and sha256_file(path) != entry.sha256:
-        raise BundleError(f"{path}: its SHA-256 is not that of {DRAFT_RECORD}; {remedy}")
+def read_draft_record(text: bytes) -> DraftRecord:
+    """Parse ``draft.json``; raises `ValueError` and other errors of what is not one."""
+    data = json.loads(text)
+    if data["schema"] != DRAFT_SCHEMA:
+        raise ValueError(f"schema {data['schema']!r} where this version reads {DRAFT_SCHEMA}")
+    return DraftRecord(
+        **data
+        | {
+            "source": Source(**data["source"]),
+            "segments": tuple(map(read_segment, data["segments"])),
+            "files": tuple(FileEntry(**entry) for entry in data["files"]),
+        }
+    )

@@ -7,7 +7,7 @@ import math
 from ..devices.budget import MemoryEstimate, MemoryNeeds, StoredWeight, estimate_memory
 from ..devices.memory import machine_memory, process_memory
 from .bundle import Bundle, TensorRecord
-from .draft_bundle import DraftBundle
+from .draft_bundle import Draft
 
 CODEC_TABLES = ("klt.npz", "tabq-rans.npz")
 UNPACKED_TABLES = 3  # a codec's tables in memory, by the bytes of their file
@@ -22,7 +22,7 @@ def half_memory(
     *,
     chunk: int,
     process_mb: float | None = None,
-    draft: DraftBundle | None = None,
+    draft: Draft | None = None,
 ) -> MemoryEstimate:
     """Estimate the peak of a process with a bundle half and one session.
 
@@ -38,7 +38,7 @@ def half_memory(
     arch = bundle.manifest.architecture
     halves = bundle.with_own_back()  # the copy is opened when the server is lost
     if draft is not None:
-        halves = (*halves, draft.half)
+        halves = (*halves, draft.bundle)
     graphs = [segment for half in halves for segment in half.segments() if segment.graph_file]
     sizes = {file.name: file.bytes for file in bundle.manifest.files[bundle.half]}
     needs = MemoryNeeds(
@@ -71,9 +71,7 @@ def process_limit_mb(limit_mb: float | None) -> float:
     return math.inf if available is None else available.free_mb + (process_memory().resident_mb or 0.0)
 
 
-def check_session(
-    bundle: Bundle, positions: int, *, chunk: int, limit_mb: float, draft: DraftBundle | None = None
-) -> None:
+def check_session(bundle: Bundle, positions: int, *, chunk: int, limit_mb: float, draft: Draft | None = None) -> None:
     """Refuse a bundle half that would not fit into this process with a session of so many positions, and its draft.
 
     Raises:
@@ -111,7 +109,7 @@ def longest_context(
     chunk: int,
     limit_mb: float,
     process_mb: float | None = None,
-    draft: DraftBundle | None = None,
+    draft: Draft | None = None,
 ) -> int:
     """Most positions, up to the bundle's, with which a half fits under a limit, see `half_memory`; 0 if none do."""
     fits, too_many = 0, bundle.manifest.max_length + 1

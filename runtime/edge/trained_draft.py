@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..draft_bundle import DraftBundle
+from ..draft_bundle import Draft
 from ..sampling import Sampler, Sampling
 from ..segments import Head, LayerStack, StackSession
 from .generate import PREFILL_CHUNK
@@ -23,10 +23,10 @@ class TrainedDraft:
         threads: of onnxruntime.
     """
 
-    def __init__(self, draft: DraftBundle, threads: int) -> None:
+    def __init__(self, draft: Draft, threads: int) -> None:
         self._vocabulary = draft.vocabulary
-        self._stack = LayerStack(draft.half, threads)
-        self._head = Head(draft.half, threads)
+        self._stack = LayerStack(draft.bundle, threads)
+        self._head = Head(draft.bundle, threads)
 
     def session(self, capacity: int, sampling: Sampling, prompt_ids: Sequence[int]) -> DraftSession:
         """A session of at most ``capacity`` positions."""

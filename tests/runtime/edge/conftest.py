@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from isthmus.export.export import export_bundle
-from isthmus.runtime.bundle import open_bundle
+from isthmus.runtime.bundle import FileEntry, open_bundle
+from isthmus.runtime.draft_bundle import DRAFT_SCHEMA, DraftRecord
+from isthmus.runtime.edge.draft_pace import DraftPace
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire.security import ServerSecurity
 
@@ -34,24 +34,23 @@ def write_draft(bundle: Path, checkpoint: Path, write_checkpoint: Callable[..., 
     draft.mkdir()
     for path in (scratch / "out" / "device").glob("*.data"):
         shutil.copy(path, draft)
-    shutil.copy(scratch / "out" / "device" / "block-00-00.onnx", draft / "layer.onnx")
-    shutil.copy(scratch / "out" / "device" / "head.onnx", draft)
+    for path in (scratch / "out" / "device").glob("*.onnx"):
+        shutil.copy(path, draft)
     np.arange(256, dtype="<u4").tofile(draft / "vocabulary.bin")
     manifest = open_bundle(bundle, "device").manifest
-    files = [
-        {"name": path.name, "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in sorted(draft.iterdir())
-    ]
-    record = {
-        "schema": 1,
-        "source": {"name": "tiny", "files": manifest.source.files},
-        "split": LAST,
-        "d_model": 64,
-        "kv_heads": 2,
-        "head_dim": 16,
-        "files": files,
-    }
-    (draft / "draft.json").write_text(json.dumps(record))
+    tail_manifest = open_bundle(scratch / "out", "device").manifest
+    layer, head = (segment for segment in tail_manifest.segments if segment.kind != "embed")
+    record = DraftRecord(
+        schema=DRAFT_SCHEMA,
+        source=manifest.source,
+        split=LAST,
+        d_model=64,
+        segments=(layer, head),
+        vocabulary=256,
+        files=tuple(FileEntry.of(path) for path in sorted(draft.iterdir())),
+        training={},
+    )
+    (draft / "draft.json").write_text(record.to_json())
 
 
 @pytest.fixture(scope="session")
@@ -73,3 +72,9 @@ def repeating_address(repeating: Path) -> Iterator[str]:
     """A server of it."""
     with BackServer.from_bundle(repeating / "server", threads=1, security=ServerSecurity(insecure=True)) as server:
         yield server.address
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever can be guessed is drafted, however long this machine takes for what."""
+    monkeypatch.setattr(DraftPace, "pays", lambda self, guess, before, *, overlap: True)

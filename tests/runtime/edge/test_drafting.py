@@ -46,7 +46,7 @@ def open_model(folder: Path, address: str, **options: Any) -> EdgeModel:
 @pytest.mark.parametrize("codec", ["raw32", "tabq"])
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "wait"])
 @pytest.mark.parametrize("draft", ["ngram", "chain", "auto"])
-def test_drafted_tokens_are_the_undrafted_ones(folder, address, draft, overlap, codec, sampling):
+def test_drafted_tokens_are_the_undrafted_ones(folder, address, eager, draft, overlap, codec, sampling):
     model = open_model(folder, address, codec=codec, overlap=overlap)
     plain = model.generate(PROMPT, max_new_tokens=100, sampling=sampling, draft="off")
     drafted = model.generate(PROMPT, max_new_tokens=100, sampling=sampling, draft=draft)
@@ -59,7 +59,7 @@ def test_drafted_tokens_are_the_undrafted_ones(folder, address, draft, overlap, 
     assert {token.source for token in plain.tokens} == {"server"}
 
 
-def test_many_tokens_come_in_one_round_trip(folder, address):
+def test_many_tokens_come_in_one_round_trip(folder, address, eager):
     model = open_model(folder, address, overlap=False)
     result = model.generate(PROMPT, max_new_tokens=150, draft="ngram")
     assert result.drafts.accepted > 20
@@ -71,7 +71,7 @@ def test_many_tokens_come_in_one_round_trip(folder, address):
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 17])
-def test_no_draft_goes_beyond_the_last_token(folder, address, new_tokens):
+def test_no_draft_goes_beyond_the_last_token(folder, address, eager, new_tokens):
     model = open_model(folder, address, context=len(PROMPT) + new_tokens)
     plain = model.generate(PROMPT, draft="off")
     assert plain.new_tokens == new_tokens
@@ -79,7 +79,7 @@ def test_no_draft_goes_beyond_the_last_token(folder, address, new_tokens):
         assert model.generate(PROMPT, draft=draft).token_ids == plain.token_ids
 
 
-def test_an_end_token_ends_a_drafted_text_as_any_other(folder, address):
+def test_an_end_token_ends_a_drafted_text_as_any_other(folder, address, eager):
     model = open_model(folder, address)
     plain = [token.id for token in model.tokens(PROMPT, max_new_tokens=100, draft="off")]
     for number, end in enumerate(sorted(set(plain))):
@@ -92,7 +92,7 @@ def test_an_end_token_ends_a_drafted_text_as_any_other(folder, address):
 
 
 @pytest.mark.parametrize("length", [1, 3])
-def test_the_draft_length_bounds_the_guesses(folder, address, length):
+def test_the_draft_length_bounds_the_guesses(folder, address, eager, length):
     model = open_model(folder, address, draft_length=length, overlap=False)
     result = model.generate(PROMPT, max_new_tokens=100, draft="ngram")
     assert 0 < len(result.drafts.tried) <= length
@@ -124,7 +124,7 @@ def test_drafts_where_nothing_crosses_a_link_are_refused(tiny, folder, address):
         open_model(folder, address, draft="tree")
 
 
-def test_token_ids_are_drafted_for_a_device_without_layers(tiny):
+def test_token_ids_are_drafted_for_a_device_without_layers(tiny, eager):
     folder = tiny.bundle(bits=4, split=0, max_length=256)
     with BackServer.from_bundle(folder / "server", threads=1, security=ServerSecurity(insecure=True)) as server:
         model = open_model(folder, server.address, codec="ids")
@@ -135,7 +135,7 @@ def test_token_ids_are_drafted_for_a_device_without_layers(tiny):
 
 
 @pytest.mark.parametrize("forged", ["skipped", "invented"])
-def test_a_server_that_is_wrong_about_what_follows_is_found_out(folder, address, monkeypatch, forged):
+def test_a_server_that_is_wrong_about_what_follows_is_found_out(folder, address, eager, monkeypatch, forged):
     from isthmus.runtime.edge.link import RemoteBack
 
     collect = RemoteBack.collect
@@ -154,7 +154,7 @@ def test_a_server_that_is_wrong_about_what_follows_is_found_out(folder, address,
             model.generate(PROMPT, max_new_tokens=60, draft="ngram", sampling=Sampling(temperature=0.3, seed=seed))
 
 
-def test_a_cut_link_changes_no_drafted_token(folder, address, make_proxy):
+def test_a_cut_link_changes_no_drafted_token(folder, address, eager, make_proxy):
     expected = open_model(folder, address).generate(PROMPT, max_new_tokens=120, draft="off").token_ids
     proxy = make_proxy(address)
     model = open_model(folder, proxy.address)

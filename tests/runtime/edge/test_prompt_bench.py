@@ -40,7 +40,7 @@ def test_a_file_without_prompts_is_refused(tmp_path, content):
         read_prompts(path)
 
 
-def test_each_prompt_runs_both_ways_and_gives_the_same_tokens(repeating, repeating_address):
+def test_each_prompt_runs_both_ways_and_gives_the_same_tokens(repeating, repeating_address, eager):
     security = ChannelSecurity(insecure=True)
     model = EdgeModel(repeating / "device", server=repeating_address, security=security, codec="raw32", threads=1)
     seen = []

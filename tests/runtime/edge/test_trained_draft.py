@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -39,21 +38,13 @@ def copy(repeating: Path, tmp_path: Path) -> Path:
     [Sampling(), Sampling(temperature=1.0, seed=5), Sampling(temperature=0.9, top_k=9, repetition_penalty=1.2, seed=6)],
     ids=["greedy", "sampled", "filtered"],
 )
-def test_a_draft_that_is_the_back_itself_is_always_right(repeating, repeating_address, sampling):
+def test_a_draft_that_is_the_back_itself_is_always_right(repeating, repeating_address, sampling, eager):
     model = open_model(repeating, repeating_address, draft="chain", draft_length=4, overlap=False)
     result = model.generate(PROMPT, max_new_tokens=60, sampling=sampling)
     drafts = result.drafts
     assert drafts.right == drafts.tried
     assert drafts.accepted > 30
     assert result.tokens_per_round_trip > 2
-
-
-def _reseal(draft: Path) -> None:
-    record = json.loads((draft / "draft.json").read_text())
-    for entry in record["files"]:
-        content = (draft / entry["name"]).read_bytes()
-        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (draft / "draft.json").write_text(json.dumps(record))
 
 
 def test_a_draft_session_forgets_what_is_rolled_back(repeating):
@@ -80,11 +71,8 @@ def test_a_draft_session_forgets_what_is_rolled_back(repeating):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"split": 2}, "split 2"),
-        ({"d_model": 32}, "d_model 32"),
-        ({"source": {"files": {"model.safetensors": "0" * 64}}}, "source"),
-        ({"schema": 9}, "schema 9"),
-        ({"files": 3}, "record"),
+        ({"split": 2}, "for split 2"),
+        ({"source": {"name": "else", "format": "gguf", "files": {}}}, "a draft of else"),
     ],
 )
 def test_a_draft_of_something_else_is_refused(copy, repeating_address, change, named):
@@ -93,24 +81,6 @@ def test_a_draft_of_something_else_is_refused(copy, repeating_address, change, n
     with pytest.raises(BundleError, match=named):
         open_model(copy, repeating_address)
     assert open_model(copy, repeating_address, draft="ngram").generate(PROMPT, max_new_tokens=4).new_tokens == 4
-
-
-@pytest.mark.parametrize("damage", ["missing", "cut", "altered", "unsorted"])
-def test_a_damaged_draft_is_refused(copy, repeating_address, damage):
-    path = copy / "device" / "draft" / "vocabulary.bin"
-    content = path.read_bytes()
-    match damage:
-        case "missing":
-            path.unlink()
-        case "cut":
-            path.write_bytes(content[:-4])
-        case "altered":
-            path.write_bytes(content[:-1] + b"\1")
-        case "unsorted":
-            path.write_bytes(content[::-1])
-            _reseal(path.parent)
-    with pytest.raises(BundleError, match=r"vocabulary\.bin"):
-        open_model(copy, repeating_address)
 
 
 def test_a_chain_without_a_trained_draft_is_refused(tiny):
