@@ -81,7 +81,9 @@ def test_no_draft_goes_beyond_the_last_token(folder, address, eager, new_tokens)
 
 def test_an_end_token_ends_a_drafted_text_as_any_other(folder, address, eager):
     model = open_model(folder, address)
-    plain = [token.id for token in model.tokens(PROMPT, max_new_tokens=100, draft="off")]
+    stream = model.tokens(PROMPT, max_new_tokens=100, draft="off")
+    plain = [token.id for token in stream]
+    stream.close()
     for number, end in enumerate(sorted(set(plain))):
         draft = ("ngram", "chain", "auto")[number % 3]
         stream = model.tokens(PROMPT, max_new_tokens=100, end_tokens=[end], draft=draft)
