@@ -96,7 +96,7 @@ class DraftModel(nn.Module):  # type: ignore[misc]
         return {name: value.detach().float().numpy() for name, value in self.weights.items()}
 
     def _norm(self, values: Tensor, gamma: Tensor) -> Tensor:
-        return functional.rms_norm(values, gamma.shape, gamma, self.shape.arch.norm_epsilon)
+        return functional.rms_norm(values, gamma.shape, gamma.to(values.dtype), self.shape.arch.norm_epsilon)
 
     def _rotate(self, values: Tensor) -> Tensor:
         cos, sin = self.cos[: values.shape[2]], self.sin[: values.shape[2]]

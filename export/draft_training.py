@@ -108,6 +108,18 @@ def train(
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         average = kept["average"]
+
+    def measure() -> None:
+        """Note how well the averaged weights do, and keep everything."""
+        current = {name: value.detach().clone() for name, value in model.weights.items()}
+        _assign(model, average)
+        agreement = agreement_of(model, teacher, held_out)
+        if agreement > state.agreement or not state.best:
+            state.best = {name: array.copy() for name, array in model.arrays().items()}
+        state.curve.append((state.step, state.seconds, agreement))
+        _assign(model, current)
+        _save(keep, state, model, optimizer, average)
+
     sequences = [(group, row) for group, text in enumerate(texts) for row in range(len(text.ids))]
     per_epoch = len(sequences) // BATCH
     started = time.monotonic() - state.seconds
@@ -143,23 +155,17 @@ def train(
             for name, value in model.weights.items():
                 average[name].lerp_(value, 1 - weight)
         if state.step % MEASURE_EVERY == 0:
-            current = {name: value.detach().clone() for name, value in model.weights.items()}
-            _assign(model, average)
-            agreement = agreement_of(model, teacher, held_out)
-            if agreement > state.agreement:
-                state.best = model.arrays()
-                state.best = {name: array.copy() for name, array in state.best.items()}
-            state.curve.append((state.step, state.seconds, agreement))
-            _assign(model, current)
-            _save(keep, state, model, optimizer, average)
-            last = [point[2] for point in state.curve[-PATIENCE:]]
-            if len(state.curve) > PATIENCE and max(last) < state.agreement:
+            measure()
+            recent = [point[2] for point in state.curve[-PATIENCE:]]
+            if len(state.curve) > PATIENCE and max(recent) < state.agreement:
                 break
         progress(
             f"training: step {state.step}, loss {loss.item():.3f}, agreement {state.agreement:.3f}",
             min(round(state.seconds), round(60 * minutes)),
             round(60 * minutes),
         )
+    if not state.curve or state.curve[-1][0] != state.step:
+        measure()
     return state
 
 
