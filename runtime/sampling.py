@@ -114,8 +114,9 @@ class Sampler:
         """The tokens that `sample` would choose first, second and so on if the ones before were not there."""
         self._greatest(logits, position)
         kept, scores = self._scored(logits, position)
-        best = np.argsort(-scores, kind="stable")[:count] if count > 1 else [scores.argmax()]
-        return [self._token(int(kept[index])) for index in best]
+        count = min(count, scores.size)
+        best = np.argpartition(scores, -count)[-count:]
+        return [self._token(int(kept[index])) for index in best[np.argsort(-scores[best])]]
 
     def _greatest(self, logits: NDArray[np.float32], position: int) -> int:
         greatest = int(logits.argmax())  # NumPy's argmax points to NaN if there is one

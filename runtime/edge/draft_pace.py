@@ -12,6 +12,7 @@ the expected tokens per second decide.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from math import prod
 from typing import Literal, NamedTuple
@@ -22,7 +23,7 @@ DraftSource = Literal["draft", "ngram"]
 
 _PRIOR_WEIGHT = 4.0  # guesses that the first expectation counts for
 _MEMORY = 64.0  # guesses after which old ones fade
-_KINDS = 8  # of a trained draft's guesses, by their probability
+_SHARES = (0.01, 0.03, 0.06, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)  # bounds of a trained draft's probabilities
 _NGRAM_PRIORS = {1: 0.15, 2: 0.35, 3: 0.5, 4: 0.6, 5: 0.65, 6: 0.75}
 
 
@@ -55,8 +56,9 @@ class DraftPace:
 
     def trained(self, token: int, probability: float) -> Guess:
         """A guess by the trained draft."""
-        kind = min(int(probability * _KINDS), _KINDS - 1)
-        return Guess(token, "draft", kind, self._chance("draft", kind, (kind + 0.5) / _KINDS))
+        kind = bisect_left(_SHARES, min(probability, 1.0))
+        lower = _SHARES[kind - 1] if kind else 0.0
+        return Guess(token, "draft", kind, self._chance("draft", kind, (lower + _SHARES[kind]) / 2))
 
     def learn(self, guess: Guess, right: bool) -> None:
         """Take note of what a guess came to."""

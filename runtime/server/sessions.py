@@ -149,8 +149,8 @@ class Session:
         if len(drafted) > step.frame.tokens + MAX_PATH:
             raise Refusal(
                 "BAD_FRAME",
-                f"{len(drafted)} drafts in a frame of {step.frame.tokens} tokens: at most one for each and {MAX_PATH} of "
-                "the positions before",
+                f"{len(drafted)} drafts in a frame of {step.frame.tokens} tokens: at most one for each, and {MAX_PATH} "
+                "before them",
             )
         vocabulary = self._engine.manifest.architecture.vocab_size
         if max(drafted) >= vocabulary:
