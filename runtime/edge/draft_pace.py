@@ -6,8 +6,8 @@ a trained draft by the probability that it gives to its token. Guesses count whe
 drafting that did not pay starts again when it would.
 
 Where the device drafts on while steps are on their way, a draft costs nothing unless it keeps the device busy when an
-answer arrives: at most the time of one draft. Where it drafts first and waits then, every draft delays the answer, and
-the expected tokens per second decide.
+answer arrives: at most the time of one draft. Until shortly before that, all that may come is drafted. Where the device
+drafts first and waits then, every draft delays the answer, and the expected tokens per second decide.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from .controller import RunningMean
 
 DraftSource = Literal["draft", "ngram"]
 
+_LEAST_CHANCE = 0.025  # below, a draft is not worth its energy
+_MARGIN = 2.0  # mean deviations before the expected answer, from when on a draft may be in its way
 _PRIOR_WEIGHT = 4.0  # guesses that the first expectation counts for
 _MEMORY = 64.0  # guesses after which old ones fade
 _SHARES = (0.01, 0.03, 0.06, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)  # bounds of a trained draft's probabilities
@@ -81,21 +83,22 @@ class DraftPace:
         """What the server takes for a step: frames need not follow each other faster."""
         return self._server.mean_s
 
-    def pays(self, guess: Guess, before: Sequence[Guess], *, overlap: bool) -> bool:
+    def pays(self, guess: Guess, before: Sequence[Guess], *, waited_s: float | None) -> bool:
         """Whether drafting ``guess`` after other unanswered ones is expected to save time.
 
         Args:
             guess: the next one.
-            before: guesses that are not answered yet.
-            overlap: whether the device drafts on while steps are on their way.
+            before: guesses on its path that are not answered yet.
+            waited_s: since the step was sent whose answer comes next; None if the device drafts first and waits then.
         """
         chances = [each.chance for each in before]
         chance = prod(chances) * guess.chance
-        draft_s = self._draft[guess.source].mean_s
-        if overlap:
-            return chance * self._answer.mean_s > draft_s
+        draft_s, answer_s = self._draft[guess.source].mean_s, self._answer.mean_s
+        if waited_s is not None:
+            in_time = waited_s + draft_s < answer_s - _MARGIN * self._answer.deviation_s
+            return chance > (_LEAST_CHANCE if in_time else draft_s / answer_s if answer_s else 1.0)
         expected = 1 + sum(prod(chances[: number + 1]) for number in range(len(chances)))
-        seconds = self._answer.mean_s + sum(self._draft[each.source].mean_s for each in before)
+        seconds = answer_s + sum(self._draft[each.source].mean_s for each in before)
         return chance * seconds > expected * draft_s
 
     def _chance(self, source: DraftSource, kind: int, prior: float) -> float:

@@ -29,6 +29,7 @@ class Node:
     Attributes:
         guess: why it is here, None if the server chose it first.
         place: after the token that was sure when it was guessed.
+        sent_at: `time.perf_counter` when the step was sent that it is the first of.
         hidden: ``[1, d_model]`` at the split, once it was run.
         options: what may come after it and was not run yet, the likeliest first; None if nobody asked.
         front_rows: its keys and values in the front, while the caches hold another path.
@@ -40,6 +41,7 @@ class Node:
     parent: Node | None = None
     guess: Guess | None = None
     place: int = 0
+    sent_at: float = 0.0
     hidden: Hidden | None = None
     options: list[Guess] | None = None
     children: list[Node] = field(default_factory=list)

@@ -8,8 +8,8 @@ tokens are those of the loop without drafts, bit for bit.
 With overlap the device does not wait: while its steps are on their way it guesses on and sends what it has, each frame
 in the hope that those before it hold. So a text that is guessed well streams at the front's speed, whatever the link's
 delay. And it guesses what else may come: the guesses grow a tree, the likeliest leaf first (as in EAGLE-2, arXiv
-2406.16858, section 4.1). Ours: there is no tree attention; a branch is one more frame, which the server takes as a chain
-if the tokens before it were chosen, and skips otherwise. So trees keep the bits that chains have.
+2406.16858, section 4.1). Ours: there is no tree attention; a branch is one more frame, which the server takes as a
+chain if the tokens before it were chosen, and skips otherwise. So trees keep the bits that chains have.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # gRPC loads only where a server is used
     from .trained_draft import DraftSession
 
 MAX_DRAFTS = 24  # unanswered ones after each other
-_MAX_STEPS = 24  # on their way; the server keeps the results of a few more
+_MAX_STEPS = 48  # on their way; the server keeps the results of a few more
 _FRAME_DRAFTS = 8  # n-grams' guesses at once: few rows take the front and the server little longer than one
 _ALTERNATIVES = 5  # of the trained draft for one position
 _SURE_MATCH = 0.7  # an n-gram's chance from which the trained draft need not be asked
@@ -197,7 +197,7 @@ class DraftedTokens:
             path=[] if sure else self._tree.path(first)[:-1],
         )
         self._steps.append(first)
-        self._sent_at = perf_counter()
+        first.sent_at = self._sent_at = perf_counter()
 
     def _likeliest(self) -> list[Node]:
         """The next guess to run, and what n-grams say with it at once; nothing if none is worth it."""
@@ -218,7 +218,7 @@ class DraftedTokens:
         drafts: list[Node] = []
         assert node.options
         following: Guess | None = node.options[0]
-        while following is not None and self._pace.pays(following, before, overlap=self._overlap):
+        while following is not None and self._pace.pays(following, before, waited_s=self._waited_s()):
             parent = drafts[-1] if drafts else node
             place = parent.position + 1 - self._tree.root.position
             drafts.append(Node(following.token, parent.position + 1, parent, following, place))
@@ -233,6 +233,12 @@ class DraftedTokens:
         for draft in drafts[:-1]:
             draft.options = []
         return drafts
+
+    def _waited_s(self) -> float | None:
+        """Since the step was sent whose answer comes next; None without overlap."""
+        if not self._overlap:
+            return None
+        return perf_counter() - self._tree.root.sent_at
 
     def _fits(self, position: int) -> bool:
         """Whether a guess may stand at a position: not too far, and not where the text has ended."""

@@ -77,4 +77,4 @@ def repeating_address(repeating: Path) -> Iterator[str]:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever can be guessed is drafted, however long this machine takes for what."""
-    monkeypatch.setattr(DraftPace, "pays", lambda self, guess, before, *, overlap: True)
+    monkeypatch.setattr(DraftPace, "pays", lambda self, guess, before, *, waited_s: True)
