@@ -51,7 +51,7 @@ def test_a_longer_way_and_a_better_draft_make_longer_chains(waited_s):
 
 def test_while_the_answer_is_far_off_drafts_are_free():
     made = pace(0.1, 0.004)
-    assert length(made, 0.2, 0.0) > length(made, 0.2, 0.099) > 0
+    assert length(made, 0.18, 0.0) > length(made, 0.18, 0.099) > 0
     assert not made.pays(guess(0.01), [], waited_s=0.0)
     assert made.pays(guess(0.03), [], waited_s=0.09)
     assert not made.pays(guess(0.03), [], waited_s=0.098)
