@@ -131,6 +131,8 @@ class DraftedTokens:
                 continue
             tokens, report = self._take_answer()
             reports.append(report)
+            if tokens and len(self._ids) > self._prompt + 1:
+                self._pace.emitted(perf_counter() - started, len(tokens))
             for token, source in tokens:
                 yield self._token(token, source, total(reports), perf_counter() - started)
                 if token in self._end_tokens:
@@ -201,6 +203,8 @@ class DraftedTokens:
 
     def _likeliest(self) -> list[Node]:
         """The next guess to run, and what n-grams say with it at once; nothing if none is worth it."""
+        if not self._pace.drafting:
+            return []
         tip = self._tree.tip
         if tip.options is None:
             tip.options = self._ask(tip)

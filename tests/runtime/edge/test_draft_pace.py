@@ -81,3 +81,26 @@ def test_drafts_are_tried_as_soon_as_the_link_is_known():
     made.answered(0.01, 0.005)
     for waited_s in (None, 1.0):
         assert made.pays(made.ngram(1, 2), [], waited_s=waited_s)
+
+
+def run(made: DraftPace, tokens: int, drafted_s: float, plain_s: float) -> list[bool]:
+    """Tokens that take so long with drafts and without; whether each was drafted."""
+    ways = []
+    for _ in range(tokens):
+        ways.append(made.drafting)
+        made.emitted(drafted_s if made.drafting else plain_s, 1)
+    return ways
+
+
+def test_the_faster_way_is_taken_and_the_slower_one_hardly_ever():
+    made = DraftPace()
+    assert sum(run(made, 2000, 0.04, 0.1)) > 1960
+    made = DraftPace()
+    assert sum(run(made, 4000, 0.014, 0.01)) < 4000 * 0.05
+
+
+def test_drafts_come_back_when_they_pay_and_go_when_they_do_not():
+    made = DraftPace()
+    run(made, 1000, 0.014, 0.01)
+    assert sum(run(made, 3000, 0.03, 0.1)[-500:]) > 480
+    assert sum(run(made, 3000, 0.2, 0.1)[-500:]) < 60
