@@ -134,7 +134,7 @@ class EdgeModel:
         self._overlap = overlap
         self._pace = DraftPace()
         self._told_old = False
-        self._manifest_sha256 = bundle.manifest_sha256
+        self.manifest_sha256 = bundle.manifest_sha256
         self.tokenizer = Tokenizer.from_file(
             bundle.path("tokenizer.json"),
             manifest.chat_template,
@@ -281,7 +281,9 @@ class EdgeModel:
         return TokenStream(
             tokens,
             back,
-            prompt_tokens=len(ids),
+            prompt_ids=ids,
+            sampling=sampling,
+            manifest_sha256=self.manifest_sha256,
             codec=codec.name if self._server else "none",
             started=started,
             controller=controller,
@@ -420,7 +422,7 @@ class EdgeModel:
 
         remote = RemoteBack(
             self._server,
-            manifest_sha256=self._manifest_sha256,
+            manifest_sha256=self.manifest_sha256,
             split=self.manifest.split,
             d_model=self.manifest.architecture.d_model,
             codec=codec,
