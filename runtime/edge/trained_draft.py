@@ -91,7 +91,7 @@ class DraftSession:
         """The likeliest next tokens, the first first, and the probability that the draft gives each.
 
         Args:
-            ids: of all positions; the last was observed since the last call.
+            ids: of all positions; the last was observed, or restored without keys and values, since the last call.
             count: how many.
         """
         unseen = np.concatenate(self._unseen)
