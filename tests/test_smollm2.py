@@ -17,6 +17,7 @@ import pytest
 from isthmus.export.catalog import pull
 from isthmus.export.export import export_bundle
 from isthmus.runtime.bundle import Manifest, open_bundle
+from isthmus.runtime.draft_bundle import open_draft
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
@@ -107,6 +108,19 @@ def test_every_split_over_the_wire_generates_what_the_unsplit_model_generates(
     with BackServer.from_bundle(folder / "server", "127.0.0.1:0", security=plaintext) as server:
         security = ChannelSecurity(insecure=True)
         assert greedy(EdgeModel(folder, server=server.address, security=security, codec="raw32"), prompts) == expected
+
+
+@pytest.mark.parametrize("codec", ["raw32", "tabq"])
+def test_drafts_of_every_kind_change_no_token(mixed: Path, codec: str) -> None:
+    with BackServer.from_bundle(mixed / "server", threads=1, security=ServerSecurity(insecure=True)) as server:
+        options: dict[str, Any] = {"security": ChannelSecurity(insecure=True), "codec": codec, "threads": 1}
+        for overlap in (True, False):
+            model = EdgeModel(mixed / "device", server=server.address, overlap=overlap, **options)
+            ways = ("ngram", "chain", "tree", "auto") if open_draft(open_bundle(mixed, "device")) else ("ngram", "auto")
+            for prompt in PROMPTS:
+                plain = model.generate(prompt, max_new_tokens=NEW_TOKENS, draft="off").token_ids
+                for way in ways:
+                    assert model.generate(prompt, max_new_tokens=NEW_TOKENS, draft=way).token_ids == plain
 
 
 def test_a_long_generation_ends_just_above_its_predicted_peak_and_is_refused_below_it(mixed: Path) -> None:
