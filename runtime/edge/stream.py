@@ -10,7 +10,7 @@ from typing import Any, Self
 from ..text import Detokenizer, StopStrings, Tokenizer
 from .controller import Controller, LevelChange
 from .drafting import DraftCounts
-from .generate import Back, Move, Token
+from .generate import Back, Move, Replay, Token
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Generation:
         level_changes: of the codec, to keep the deadline.
         moves: of a session that went from the device to the server, or back.
         drafts: what came of them, if there were any.
+        replays: of a session that was lost with its server.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Generation:
     level_changes: tuple[LevelChange, ...] = ()
     moves: tuple[Move, ...] = ()
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    replays: tuple[Replay, ...] = ()
 
     @property
     def tokens_per_round_trip(self) -> float | None:
@@ -93,6 +95,7 @@ class Generation:
         result["tokens_per_round_trip"] = self.tokens_per_round_trip
         result["late_tokens"] = self.late_tokens
         result["level_changes"] = [change._asdict() for change in self.level_changes]
+        result["replays"] = [replay._asdict() for replay in self.replays]
         result["moves"] = [move._asdict() for move in self.moves]
         return result
 
@@ -148,6 +151,11 @@ class TokenStream:
     def moves(self) -> tuple[Move, ...]:
         """Where the session went, so far."""
         return tuple(self._back.moves)
+
+    @property
+    def replays(self) -> tuple[Replay, ...]:
+        """How often the session was made again, so far."""
+        return tuple(self._back.replays)
 
     def close(self, *, cancel: bool = False) -> None:
         """End the session, here and on the server; with ``cancel`` drop the steps on their way. Safe to call twice."""
@@ -229,5 +237,6 @@ class TextStream:
             deadline_ms=self._tokens.deadline_ms,
             level_changes=self._tokens.level_changes,
             moves=self._tokens.moves,
+            replays=self._tokens.replays,
             drafts=self._tokens.drafts,
         )
