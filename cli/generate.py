@@ -59,10 +59,11 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
     """Declare how tokens are drafted, for the commands that generate over a link."""
     parser.add_argument(
         "--draft",
-        choices=("auto", "off", "chain", "ngram"),
+        choices=("auto", "off", "chain", "tree", "ngram"),
         default="auto",
         help="guess tokens, so that several cross in one round trip; the text stays the same. chain: by the bundle's "
-        "trained draft; ngram: by what stood in the text before; auto (default): both, as far as they pay",
+        "trained draft; tree: the same with more than one guess a position; ngram: by what stood in the text before; "
+        "auto (default): all, as far as they pay",
     )
     parser.add_argument("--draft-length", type=int, metavar="N", help="most guesses at once (default: as many as pay)")
     parser.add_argument(

@@ -112,6 +112,8 @@ class KVCache:
         """
         if not 0 <= first <= last <= self.length:
             raise RequestError(f"keys and values of positions {first} to {last}: must lie between 0 and {self.length}")
+        if not self._arrays:
+            return np.empty((0, 2, 0, last - first, 0), np.float32)
         parts = np.stack([array[0, :, first:last] for array in self._arrays.values()])
         return parts.reshape(self._layers, 2, *parts.shape[1:])
 
@@ -124,7 +126,8 @@ class KVCache:
         last = self.length + rows.shape[3]
         if last > self.capacity:
             raise RequestError(f"{last} positions: this session was opened for {self.capacity}")
-        for array, part in zip(self._arrays.values(), rows.reshape(-1, *rows.shape[2:]), strict=True):
+        parts = rows.reshape(len(self._arrays), *rows.shape[2:])
+        for array, part in zip(self._arrays.values(), parts, strict=True):
             array[0, :, self.length : last] = part
         self.length = last
 

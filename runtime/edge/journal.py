@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ...errors import LinkError
 from ..wire import isthmus_pb2 as pb
-from ..wire.framing import replayed_step
+from ..wire.framing import renumbered_step
 
 JOURNAL_BYTES = 64 << 20  # a context of 4096 positions at 16 kB each; klt takes a hundredth of that
 
@@ -71,14 +71,14 @@ class Journal:
     def replay(self, acknowledged: int) -> tuple[list[bytes], list[int]]:
         """The session up to a step, for a new one.
 
-        All but the last step with a token ask for none: the new session is told those tokens. The last one asks again,
-        because steps that are still on their way may go on from what it chose.
+        Steps ask for no token any more: the new session is told those tokens. But the last ones ask as they did, from the
+        last on that did not begin with a guess: steps that are still on their way may go on from what they chose.
 
         Args:
             acknowledged: the last step that was answered; later ones are not part of it.
 
         Returns:
-            The steps, numbered from 1, and the tokens that were chosen before the last of them.
+            The steps, numbered from 1, and the tokens that were chosen before the ones that ask again.
 
         Raises:
             LinkError: the session has outgrown the journal.
@@ -88,12 +88,11 @@ class Journal:
                 f"the session has sent more than the {self._limit / 1e6:.0f} MB that are kept to make it again: start "
                 "the generation again, with a smaller context or a codec of fewer bytes"
             )
-        done = [entry for entry in self._entries if entry.step <= acknowledged and not entry.void]
-        messages = [
-            replayed_step(entry.message, number, sample=number == len(done)) for number, entry in enumerate(done, 1)
-        ]
-        last = done[-1].step if done else 0
-        return messages, [token for step, _, token in self._chosen if step < last]
+        done = self._done(acknowledged)
+        again = next((index for index in reversed(range(len(done))) if not _goes_on(done[index].message)), 0)
+        messages = [renumbered_step(entry.message, index + 1, asks=index >= again) for index, entry in enumerate(done)]
+        first = done[again].step if done else 0
+        return messages, [token for step, _, token in self._chosen if step < first]
 
     def renumber(self, acknowledged: int, on_the_way: Mapping[int, int]) -> None:
         """Number the steps as the new session has them.
@@ -102,13 +101,15 @@ class Journal:
             acknowledged: as in `replay`; the steps up to there got numbers from 1.
             on_the_way: the new numbers of those behind it.
         """
-        done = [entry for entry in self._entries if entry.step <= acknowledged and not entry.void]
-        numbers = {entry.step: number for number, entry in enumerate(done, 1)} | dict(on_the_way)
+        numbers = {entry.step: number for number, entry in enumerate(self._done(acknowledged), 1)} | dict(on_the_way)
         self._entries = [entry for entry in self._entries if entry.step in numbers]
         self._bytes = sum(len(entry.message) for entry in self._entries)
         for entry in self._entries:
             entry.step = numbers[entry.step]
         self._chosen = [(numbers[step], length, token) for step, length, token in self._chosen]
+
+    def _done(self, acknowledged: int) -> list[_Entry]:
+        return [entry for entry in self._entries if entry.step <= acknowledged and not entry.void]
 
 
 def context_of(opening: Sequence[int], chosen: Sequence[int]) -> list[int]:
@@ -118,4 +119,4 @@ def context_of(opening: Sequence[int], chosen: Sequence[int]) -> list[int]:
 
 def _goes_on(message: bytes) -> bool:
     frame = pb.ClientMessage.FromString(message).step.frame
-    return 0 < frame.tokens == len(frame.drafted)
+    return 0 < frame.tokens <= len(frame.drafted)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OnServerLoss = Literal["wait", "replay", "local", "fail"]
-DraftMode = Literal["auto", "off", "chain", "ngram"]
+DraftMode = Literal["auto", "off", "chain", "tree", "ngram"]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or chat messages ``{"role": …, "content": …}``."""
@@ -90,8 +90,9 @@ class EdgeModel:
             memory_limit_mb: refuse what would take more resident memory at its peak, before anything is loaded; by
                 default what the machine, or the container, has free.
             draft: how tokens are guessed, so that several cross in one round trip; no guess changes the text.
-                ``chain`` takes the bundle's trained draft, ``ngram`` what stood in the text before, ``auto`` both as
-                far as there are any and they pay, ``off`` none.
+                ``chain`` takes the bundle's trained draft, ``tree`` several guesses of it for each position (with
+                overlap), ``ngram`` what stood in the text before, ``auto`` all as far as there are any and they pay,
+                ``off`` none.
             draft_length: most guesses that wait for an answer; by default as many as pay, at most `MAX_DRAFTS`.
             overlap: whether the device guesses on while it waits.
             on_server_loss: ``replay`` makes a lost session again, on the same server or another one, from what was
@@ -126,10 +127,10 @@ class EdgeModel:
         if draft_length is not None and not 1 <= draft_length <= MAX_DRAFTS:
             raise RequestError(f"draft length {draft_length}: must lie between 1 and {MAX_DRAFTS}")
         self._draft = self._checked_draft(draft)
-        trained = open_draft(bundle) if self._draft in ("auto", "chain") else None
-        if self._draft == "chain" and trained is None:
+        trained = open_draft(bundle) if self._draft in ("auto", "chain", "tree") else None
+        if self._draft in ("chain", "tree") and trained is None:
             raise RequestError(
-                f"draft='chain': {bundle.folder} holds no trained draft; run `isthmus distill`, or choose ngram"
+                f"draft={draft!r}: {bundle.folder} holds no trained draft; run `isthmus distill`, or choose ngram"
             )
         limit_mb = process_limit_mb(memory_limit_mb)
         check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=limit_mb, draft=trained)
@@ -254,7 +255,7 @@ class EdgeModel:
                 "draft='chain': the model was opened without a trained draft; open it with chain or auto"
             )
         trained = None
-        if self._trained is not None and mode in ("auto", "chain"):
+        if self._trained is not None and mode in ("auto", "chain", "tree"):
             trained = self._trained.session(capacity, sampling, ids)
         controller = self._controller()
         codec = self._levels[self._level] if controller is None else PacedCodec(self._levels, controller)
@@ -274,6 +275,7 @@ class EdgeModel:
                 ids,
                 trained=trained,
                 ngrams=mode in ("auto", "ngram"),
+                branches=mode in ("auto", "tree"),
                 pace=self._pace,
                 length=self._draft_length,
                 overlap=self._overlap,

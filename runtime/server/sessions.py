@@ -18,7 +18,7 @@ from ...quant.codec import Codec
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import Refusal, crc_matches, read_sampling
 from ..wire.kv import decode_rows
-from ..wire.transport import RESULTS_KEPT
+from ..wire.transport import MAX_PATH, RESULTS_KEPT
 from .compute import ComputeEngine, ComputeSession, ComputeThread
 from .limits import ServerLimits
 
@@ -41,7 +41,7 @@ class Session:
         self._limits = limits
         self._d_model = engine.manifest.architecture.d_model
         self._results: deque[pb.Result] = deque(maxlen=RESULTS_KEPT)  # of the last steps done, in order
-        self._chosen: int | None = None  # the token after the last position, if it was asked for
+        self._chosen: list[int] = []  # the tokens since the last step that began with no guess
 
     def resume(self, acknowledged: int) -> list[pb.ServerMessage]:
         """The answers to an `Attach`: the last step done, and those results that the client does not have."""
@@ -75,11 +75,13 @@ class Session:
         content = step.kv if step.HasField("kv") else step.frame
         drafted = list(step.frame.drafted)
         self._check_drafts(step, drafted)
-        if drafted and len(drafted) == step.frame.tokens:
-            if step.position != self._compute.length or drafted[0] != self._chosen:
+        continues = bool(drafted) and len(drafted) >= step.frame.tokens
+        if continues:
+            assumed = drafted[: len(drafted) - step.frame.tokens + 1]
+            if step.position != self._compute.length or self._chosen[-len(assumed) :] != assumed:
                 # A wrong guess: there is nothing to do.
                 return self._done(pb.Result(step=step.step, length=self._compute.length))
-            del drafted[0]
+            drafted = drafted[len(assumed) :]
         self._check_place(step.position, content.tokens)
         if step.sample and step.HasField("kv"):
             raise Refusal("BAD_REQUEST", "keys and values give no token; send the next position's frame for that")
@@ -96,7 +98,9 @@ class Session:
             tokens = self._compute.verify(drafted)
         elif step.sample:
             token = self._compute.sample()
-        self._chosen = tokens[-1] if tokens else token
+        if not continues:
+            self._chosen.clear()
+        self._chosen += tokens if token is None else [token]
         result = pb.Result(
             step=step.step,
             length=self._compute.length,
@@ -142,11 +146,11 @@ class Session:
             return
         if not step.sample:
             raise Refusal("BAD_REQUEST", "drafts in a step that asks for no token; only a sampled step verifies them")
-        if len(drafted) > step.frame.tokens:
+        if len(drafted) > step.frame.tokens + MAX_PATH:
             raise Refusal(
                 "BAD_FRAME",
-                f"{len(drafted)} drafts in a frame of {step.frame.tokens} tokens: they are of its last rows, at most "
-                "one for each",
+                f"{len(drafted)} drafts in a frame of {step.frame.tokens} tokens: at most one for each, and {MAX_PATH} "
+                "before them",
             )
         vocabulary = self._engine.manifest.architecture.vocab_size
         if max(drafted) >= vocabulary:

@@ -163,29 +163,14 @@ def step_message(
     return pb.ClientMessage(step=pb.Step(step=step, position=position, sample=sample, frame=frame)).SerializeToString()
 
 
-def replayed_step(message: bytes, step: int, *, sample: bool) -> bytes:
-    """A step's message for a session that is made again: with another number, and asking for tokens only if ``sample``.
-
-    What it asks for does not depend on another step any more: a frame of drafts alone leaves the first one unchecked.
-    """
-    parsed = pb.ClientMessage.FromString(message).step
-    if parsed.HasField("kv"):
-        return kv_message(step, parsed.position, parsed.kv)
-    frame, drafted = parsed.frame, list(parsed.frame.drafted)
-    if not (sample and parsed.sample):
-        return step_message(step, parsed.position, frame.tokens, False, frame.payload)
-    if len(drafted) == frame.tokens:
-        del drafted[0]
-    return step_message(step, parsed.position, frame.tokens, True, frame.payload, drafted)
-
-
-def renumbered_step(message: bytes, step: int) -> bytes:
-    """A step's message with another number and nothing else changed."""
+def renumbered_step(message: bytes, step: int, *, asks: bool = True) -> bytes:
+    """A step's message with another number; it asks for no token unless ``asks``."""
     parsed = pb.ClientMessage.FromString(message).step
     if parsed.HasField("kv"):
         return kv_message(step, parsed.position, parsed.kv)
     frame = parsed.frame
-    return step_message(step, parsed.position, frame.tokens, parsed.sample, frame.payload, frame.drafted)
+    drafted = frame.drafted if asks else ()
+    return step_message(step, parsed.position, frame.tokens, parsed.sample and asks, frame.payload, drafted)
 
 
 def kv_crc(step: int, position: int, sample: bool, chunk: pb.KVChunk) -> int:

@@ -214,6 +214,27 @@ def replayed(journal: Journal, acknowledged: int) -> list[tuple[int, int, int, b
     return [(s.step, s.position, s.frame.tokens, s.sample, list(s.frame.drafted)) for s in steps]
 
 
+def test_steps_ask_again_from_the_last_one_that_is_no_guess():
+    journal = Journal()
+    journal.sent(1, 0, step(1, 0, 4))
+    journal.answered(pb.Result(step=1, length=4, token=50))
+    journal.sent(2, 4, step(2, 4, 1))
+    journal.sent(3, 5, step(3, 5, 2, drafted=(51, 52)))
+    journal.sent(4, 7, step(4, 7, 1, drafted=(51, 52, 53)))
+    journal.sent(5, 8, step(5, 8, 1, drafted=(99,)))
+    journal.answered(pb.Result(step=2, length=5, token=51))
+    journal.answered(pb.Result(step=3, length=7, tokens=[52, 53]))
+    journal.answered(pb.Result(step=4, length=8, tokens=[54]))
+    journal.answered(pb.Result(step=5, length=8))
+    assert replayed(journal, 5) == [
+        (1, 0, 4, False, []),
+        (2, 4, 1, True, []),
+        (3, 5, 2, True, [51, 52]),
+        (4, 7, 1, True, [51, 52, 53]),
+    ]
+    assert journal.replay(5)[1] == [50]
+
+
 def test_only_the_last_step_asks_again():
     journal = Journal()
     journal.sent(1, 0, step(1, 0, 4))
