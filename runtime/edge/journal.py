@@ -22,6 +22,7 @@ class _Entry:
     step: int
     position: int
     message: bytes
+    goes_on: bool  # it is done only if the session ends where it begins
     void: bool = False  # it went on from a wrong guess, and did nothing
 
 
@@ -40,13 +41,14 @@ class Journal:
         self._outgrown = False
 
     def sent(self, step: int, position: int, message: bytes) -> None:
-        """Note a step; one that begins before the end rolls back."""
-        while self._entries and self._entries[-1].position >= position:
-            self._bytes -= len(self._entries.pop().message)
-        self._chosen = [choice for choice in self._chosen if choice[1] <= position]
+        """Note a step. One that begins before the end rolls back, unless it is done only if it goes on from the end."""
+        goes_on = _goes_on(message)
+        if not goes_on:
+            self._roll_back(position)
+            self._chosen = [choice for choice in self._chosen if choice[1] <= position]
         if self._outgrown:
             return
-        self._entries.append(_Entry(step, position, message))
+        self._entries.append(_Entry(step, position, message, goes_on))
         self._bytes += len(message)
         if self._bytes > self._limit:
             self._outgrown = True
@@ -61,7 +63,7 @@ class Journal:
             return
         for entry in reversed(self._entries):
             if entry.step == result.step:
-                entry.void = _goes_on(entry.message)
+                entry.void = entry.goes_on
 
     @property
     def length(self) -> int:
@@ -71,8 +73,8 @@ class Journal:
     def replay(self, acknowledged: int) -> tuple[list[bytes], list[int]]:
         """The session up to a step, for a new one.
 
-        Steps ask for no token any more: the new session is told those tokens. But the last ones ask as they did, from the
-        last on that did not begin with a guess: steps that are still on their way may go on from what they chose.
+        Steps ask for no token any more: the new session is told those tokens. But the last ones ask as they did, from
+        the last on that did not begin with a guess: steps that are still on their way may go on from what they chose.
 
         Args:
             acknowledged: the last step that was answered; later ones are not part of it.
@@ -89,7 +91,7 @@ class Journal:
                 "the generation again, with a smaller context or a codec of fewer bytes"
             )
         done = self._done(acknowledged)
-        again = next((index for index in reversed(range(len(done))) if not _goes_on(done[index].message)), 0)
+        again = next((index for index in reversed(range(len(done))) if not done[index].goes_on), 0)
         messages = [renumbered_step(entry.message, index + 1, asks=index >= again) for index, entry in enumerate(done)]
         first = done[again].step if done else 0
         return messages, [token for step, _, token in self._chosen if step < first]
@@ -107,6 +109,17 @@ class Journal:
         for entry in self._entries:
             entry.step = numbers[entry.step]
         self._chosen = [(numbers[step], length, token) for step, length, token in self._chosen]
+
+    def _roll_back(self, position: int) -> None:
+        """Forget the steps from a position on; of those that went on from guesses, the last need not lie farthest."""
+        kept: list[_Entry] = []
+        while self._entries and (self._entries[-1].goes_on or self._entries[-1].position >= position):
+            entry = self._entries.pop()
+            if entry.position < position:
+                kept.append(entry)
+            else:
+                self._bytes -= len(entry.message)
+        self._entries += reversed(kept)
 
     def _done(self, acknowledged: int) -> list[_Entry]:
         return [entry for entry in self._entries if entry.step <= acknowledged and not entry.void]
