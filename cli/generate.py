@@ -36,6 +36,8 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     trust = parser.add_mutually_exclusive_group()
     trust.add_argument("--tls-ca", metavar="FILE", help="certificate (authority) to trust instead of the system's")
     trust.add_argument("--insecure", action="store_true", help="plaintext, for trusted links only")
+    parser.add_argument("--cert", metavar="FILE", help="this device's certificate, where the server asks for one")
+    parser.add_argument("--key", metavar="FILE", help="its key")
     parser.add_argument(
         "--codec",
         metavar="NAME",
@@ -89,7 +91,12 @@ def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> Ed
     return EdgeModel(
         args.bundle,
         server=",".join(args.server) if args.server else None,
-        security=ChannelSecurity(ca_file=Path(args.tls_ca) if args.tls_ca else None, insecure=args.insecure),
+        security=ChannelSecurity(
+            ca_file=Path(args.tls_ca) if args.tls_ca else None,
+            insecure=args.insecure,
+            cert_file=Path(args.cert) if args.cert else None,
+            key_file=Path(args.key) if args.key else None,
+        ),
         codec=args.codec,
         level=args.level,
         deadline_ms=deadline_ms,

@@ -18,6 +18,7 @@ from ..bundle import open_bundle
 from ..memory import kv_budget, process_limit_mb
 from ..wire.security import ServerSecurity
 from ..wire.transport import SERVER_OPTIONS, split_address
+from .admission import Admission
 from .compute import ComputeEngine, ComputeThread
 from .limits import ServerLimits
 from .service import SessionService
@@ -169,13 +170,14 @@ class BackServer:
 
     async def _serve(self, started: Future[str]) -> None:
         host, _ = split_address(self._listen)
-        credentials = self.security.credentials()
+        credentials, admission = self.security.credentials(), Admission(self.security)
         with ComputeThread() as compute:
             table = SessionTable(self._engine, self.limits, compute)
             # More streams than sessions: some attach again while the old one still looks alive, some must be told
             # that the server is full.
             server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=2 * self.limits.max_sessions + 16)
-            server.add_generic_rpc_handlers((SessionService(self._engine, table, compute, self.limits).handler(),))
+            service = SessionService(self._engine, table, compute, self.limits, admission)
+            server.add_generic_rpc_handlers((service.handler(),))
             try:
                 if credentials is None:
                     port = server.add_insecure_port(self._listen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -174,6 +174,7 @@ class _Seat:
 
     session: Session
     kv_bytes: int
+    owner: str
     evict: Callable[[], None] | None = None
     lease: asyncio.TimerHandle | None = None
 
@@ -191,14 +192,19 @@ class SessionTable:
         self._seats: dict[bytes, _Seat] = {}
         self._sessions = 0  # admitted, those being opened or closed included
         self._kv_bytes = 0
+        self._owned: Counter[str] = Counter()  # sessions of each peer
         self._expiries: set[asyncio.Task[None]] = set()
         self.max_session_tokens = min(limits.max_session_tokens, engine.manifest.max_length)
 
     def __len__(self) -> int:
         return self._sessions
 
-    async def open(self, request: pb.Open) -> Session:
-        """Reserve KV and make a session. It has no owner yet: its lease runs.
+    async def open(self, request: pb.Open, owner: str = "") -> Session:
+        """Reserve KV and make a session. No stream carries it yet: its lease runs.
+
+        Args:
+            request: as received.
+            owner: identity of the peer; no other one may attach to the session.
 
         Raises:
             Refusal: the request is out of range, or the server is full.
@@ -214,23 +220,26 @@ class SessionTable:
                 f"vocabulary's {vocabulary}",
             )
         kv_bytes = self._engine.kv_bytes(max_tokens)
-        self._admit(kv_bytes)
+        self._admit(kv_bytes, owner)
         try:
             compute = await self._compute.run(self._engine.new_session, max_tokens, sampling, list(request.context_ids))
         except BaseException:
-            self._release(kv_bytes)
+            self._release(kv_bytes, owner)
             raise
         session = Session(self._engine, compute, max_tokens, self._limits)
-        self._seats[session.id] = _Seat(session, kv_bytes, lease=self._start_lease(session.id))
+        self._seats[session.id] = _Seat(session, kv_bytes, owner, lease=self._start_lease(session.id))
         return session
 
-    def attach(self, session_id: bytes, evict: Callable[[], None]) -> Session:
-        """Make a stream the owner of a session; the stream that owned it is evicted.
+    def attach(self, session_id: bytes, evict: Callable[[], None], owner: str = "") -> Session:
+        """Have a stream carry a session; the stream that carried it is evicted.
 
         Raises:
-            Refusal: there is no such session.
+            Refusal: there is no such session, or it is another peer's: the answer does not tell which.
         """
         seat = self._seats.get(session_id)
+        if seat is not None and seat.owner != owner:
+            logger.warning("session %s: of %r, asked for by %r", session_id.hex()[:8], seat.owner, owner)
+            seat = None
         if seat is None:
             raise Refusal(
                 "SESSION_UNKNOWN",
@@ -260,7 +269,7 @@ class SessionTable:
         try:
             await self._compute.run(seat.session.close)
         finally:
-            self._release(seat.kv_bytes)
+            self._release(seat.kv_bytes, seat.owner)
 
     async def free_all(self) -> None:
         """End every session."""
@@ -268,7 +277,7 @@ class SessionTable:
             await self.free(session_id)
         await asyncio.gather(*self._expiries)
 
-    def _admit(self, kv_bytes: int) -> None:
+    def _admit(self, kv_bytes: int, owner: str) -> None:
         budget, retry_after_ms = self._limits.kv_bytes, round(1000 * self._limits.retry_after_s)
         if kv_bytes > budget:
             raise Refusal(
@@ -281,12 +290,19 @@ class SessionTable:
         if self._kv_bytes + kv_bytes > budget:
             message = f"{budget - self._kv_bytes} bytes of KV cache are free, the session needs {kv_bytes}; wait"
             raise Refusal("SERVER_FULL", message, retry_after_ms=retry_after_ms)
+        if owner and self._owned[owner] >= self._limits.max_sessions_per_device:
+            message = f"all {self._limits.max_sessions_per_device} sessions of a device are taken; end one of them"
+            raise Refusal("SERVER_FULL", message, retry_after_ms=retry_after_ms)
         self._sessions += 1
         self._kv_bytes += kv_bytes
+        self._owned[owner] += 1
 
-    def _release(self, kv_bytes: int) -> None:
+    def _release(self, kv_bytes: int, owner: str) -> None:
         self._sessions -= 1
         self._kv_bytes -= kv_bytes
+        self._owned[owner] -= 1
+        if not self._owned[owner]:
+            del self._owned[owner]
 
     def _start_lease(self, session_id: bytes) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(self._limits.lease_s, self._expire, session_id)
