@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..quant.kv import KVScales
 from ..quant.opsc import Recipe
 from ..runtime.bundle import Architecture, Half, KVSpec, Segment, TensorRecord
-from .decoder import SegmentBuilder, block_names, build_block, build_head
+from .decoder import RAGGED, SegmentBuilder, block_names, build_block, build_head
 from .families.common import EMBEDDING, FINAL_NORM, HEAD
 from .graph import ALIGNMENT, GraphWriter
 from .progress import Progress
@@ -72,12 +72,14 @@ class SegmentWriter:
     def _block(self, half: Half, layers: range) -> Segment:
         name = f"block-{layers.start:02d}-{layers.stop - 1:02d}"
         writer = GraphWriter(self.root / half, name)
-        builder = SegmentBuilder(writer, self.arch, self.weights, block_names(layers))
+        ragged = half == "server"  # where sessions of many devices meet
+        builder = SegmentBuilder(writer, self.arch, self.weights, block_names(layers), ragged=ragged)
         names = {layer: self.family.tensors(self.arch, layer) for layer in layers}
         kv = KVSpec(self.recipe.kv_bits(layers.start), self.arch.kv_heads, self.arch.head_dim)
         build_block(builder, names, self.max_length, kv, self.kv_scales)
         bits = self.recipe.layer_bits(layers.start)
-        return self._segment("block", half, bits, builder, first_layer=layers.start, last_layer=layers.stop)
+        segment = self._segment("block", half, bits, builder, first_layer=layers.start, last_layer=layers.stop)
+        return replace(segment, ragged_graph_file=writer.variant_path(RAGGED).name) if ragged else segment
 
     def _head(self) -> Segment:
         half: Half = "device" if self.recipe.split == self.recipe.layers else "server"
