@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +12,31 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..devices.backend import Graph, require_onnxruntime
-from ..errors import RequestError
+from ..errors import BundleError, RequestError
 from .bundle import Bundle
 from .pool import KVPool
 from .segments import KVCache
 
+logger = logging.getLogger(__name__)
+
 RAGGED_ONNXRUNTIME = "1.32.0"  # the first whose attention takes chunks of several sequences
 
 MAX_LANES = 64  # shapes of batches whose buffers are kept; a server that is busy meets the same few again and again
+
+
+def advance_together(bundle: Bundle) -> bool:
+    """Whether a server half can advance many sessions in one run; a log line says why if it cannot."""
+    if not all(segment.ragged_graph_file for segment in bundle.segments("block")):
+        logger.warning("%s: exported before sessions could advance together; they take turns", bundle.folder)
+        return False
+    try:
+        require_onnxruntime(RAGGED_ONNXRUNTIME)
+    except BundleError:
+        logger.warning(
+            "onnxruntime %s: sessions advance together from %s on; they take turns", ort.__version__, RAGGED_ONNXRUNTIME
+        )
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,6 @@ class RaggedStack:
     """
 
     def __init__(self, bundle: Bundle, threads: int, *, capacity: int, slots: int) -> None:
-        require_onnxruntime(RAGGED_ONNXRUNTIME)
         segments = bundle.segments("block")
         self._d_model = bundle.manifest.architecture.d_model
         layers = range(segments[0].first_layer, segments[-1].last_layer)
@@ -61,6 +78,10 @@ class RaggedStack:
     def session(self, capacity: int) -> RaggedSession:
         """A session of at most ``capacity`` positions."""
         return RaggedSession(self, self.pool.take(capacity), self._d_model)
+
+    def kv_bytes(self, capacity: int) -> int:
+        """Bytes of KV cache that a session of that capacity comes to."""
+        return self.pool.session_bytes(capacity)
 
     def forward(self, parts: Sequence[tuple[KVCache, NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
         """Run hidden states through the layers and append them to their caches.
@@ -166,7 +187,7 @@ class RaggedSession:
 
     def forward(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Advance alone, see `RaggedStack.forward`."""
-        return self._stack.forward([(self.cache, hidden)])[0]
+        return self._stack.forward([(self.cache, hidden)])[0].copy()
 
     def close(self) -> None:
         """Give the slot back; the session is of no use afterwards."""

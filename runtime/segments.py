@@ -249,6 +249,11 @@ class StackSession:
         cache.length += tokens
         return lane.hidden_out[0]
 
+    def close(self) -> None:
+        """Free the KV cache; the session is of no use afterwards."""
+        self._lanes.clear()
+        del self.cache
+
     def _lane(self, tokens: int) -> _Lane:
         lane = self._lanes.get(tokens)
         if lane is None:

@@ -18,7 +18,9 @@ from ..bundle import open_bundle
 from ..memory import kv_budget, process_limit_mb
 from ..wire.security import ServerSecurity
 from ..wire.transport import SERVER_OPTIONS, split_address
-from .compute import ComputeEngine, ComputeThread
+from .batcher import Batcher
+from .compute import ComputeEngine
+from .compute_thread import ComputeThread
 from .limits import ServerLimits
 from .service import SessionService
 from .sessions import SessionTable
@@ -87,12 +89,16 @@ class BackServer:
             MemoryLimitError: weights and one session of full length do not fit; nothing was loaded.
         """
         from ..back import BackEngine
+        from ..ragged import advance_together
 
         bundle = open_bundle(folder, "server")
         limits = limits if limits is not None else ServerLimits()
         budget = kv_budget(bundle, chunk=limits.max_frame_tokens, limit_mb=process_limit_mb(memory_limit_mb))
         limits = replace(limits, kv_bytes=int(min(limits.kv_bytes, budget)))
-        engine = BackEngine(bundle, default_threads() if threads is None else threads)
+        threads = default_threads() if threads is None else threads
+        together = limits.max_sessions if limits.max_batch > 1 and advance_together(bundle) else 0
+        capacity = min(limits.max_session_tokens, bundle.manifest.max_length)
+        engine = BackEngine(bundle, threads, together=together, capacity=capacity)
         return cls(engine, listen, security=security, limits=limits)
 
     @property
@@ -170,7 +176,7 @@ class BackServer:
     async def _serve(self, started: Future[str]) -> None:
         host, _ = split_address(self._listen)
         credentials = self.security.credentials()
-        with ComputeThread() as compute:
+        with ComputeThread(Batcher(self._engine, self.limits.max_batch)) as compute:
             table = SessionTable(self._engine, self.limits, compute)
             # More streams than sessions: some attach again while the old one still looks alive, some must be told
             # that the server is full.
