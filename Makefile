@@ -47,7 +47,7 @@ $(VENV)/.created:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt quant/_native.c
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt quant/_native.c quant/_tabq.c
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,export]'
 	touch $@
 

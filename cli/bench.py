@@ -1,7 +1,8 @@
 """Measure speed and memory of a bundle, alone or with its server.
 
 pp<N> is the prefill of N tokens, tg<N> the generation of N tokens one by one; both in tokens/s, mean and
-standard deviation over the repetitions. With a server, a table shows where a token's time goes.
+standard deviation over the repetitions. With a server, a table shows where a token's time goes. With --prompts, the
+speed of real generations, drafted and undrafted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from .generate import add_draft_options, add_server_options, open_model
 
 if TYPE_CHECKING:
     from ..runtime.edge.bench import BenchReport
+    from ..runtime.edge.prompt_bench import PromptReport
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +24,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", default="128", metavar="N[,N]", help="prefill lengths (default 128)")
     parser.add_argument("--new-tokens", default="128", metavar="N[,N]", help="generation lengths (default 128)")
     parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="of each test (default 5)")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='generate after these instead, one a line: text, {"prompt": …} or {"messages": […]}; --new-tokens at most',
+    )
+    parser.add_argument(
+        "--vs-undrafted",
+        action="store_true",
+        help="with --prompts: generate without drafts, too, in turns, and compare tokens and speed",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_draft_options(parser)
     add_server_options(parser)
@@ -29,11 +41,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, with progress on stderr and the result on stdout."""
+    from ..errors import RequestError
     from ..runtime.edge.bench import bench
     from .progress import progress_bar
 
     prompt_tokens = _lengths("--prompt-tokens", args.prompt_tokens)
     new_tokens = _lengths("--new-tokens", args.new_tokens)
+    if args.prompts:
+        return _bench_prompts(args, new_tokens)
+    if args.vs_undrafted:
+        raise RequestError("--vs-undrafted needs --prompts FILE: the other tests are undrafted")
     model = open_model(args)
     with progress_bar() as progress:
         report = bench(
@@ -45,6 +62,48 @@ def run(args: argparse.Namespace) -> int:
         )
     print(json.dumps(report.to_dict()) if args.json else _table(report))
     return 0
+
+
+def _bench_prompts(args: argparse.Namespace, new_tokens: list[int]) -> int:
+    from ..errors import RequestError
+    from ..runtime.edge.prompt_bench import bench_prompts, read_prompts
+    from .progress import progress_bar
+
+    if len(new_tokens) != 1:
+        raise RequestError(f"--new-tokens {args.new_tokens}: with --prompts one number, the most after each prompt")
+    prompts = read_prompts(args.prompts)
+    model = open_model(args)
+    with progress_bar() as progress:
+        report = bench_prompts(
+            model, prompts, max_new_tokens=new_tokens[0], vs_undrafted=args.vs_undrafted, progress=progress
+        )
+    print(json.dumps(report.to_dict()) if args.json else _prompt_table(report))
+    return 0 if report.identical is not False else 1
+
+
+def _prompt_table(report: PromptReport) -> str:
+    from tabulate import tabulate
+
+    summary = report.to_dict()
+    places = [f"{share:.0%}" for share in summary["acceptance_by_place"][:8] if share is not None]
+    rows: list[list[object]] = [
+        ["prompts", len(report.runs)],
+        ["tokens/s, median", f"{report.tokens_per_s:.1f}"],
+        ["tokens per round trip", _number(report.tokens_per_round_trip)],
+        ["drafts accepted", f"{summary['accepted']} of {summary['drafted']}"],
+        ["right by place", ", ".join(places) or "none drafted"],
+    ]
+    if report.identical is not None:
+        rows += [
+            ["undrafted tokens/s, median", _number(report.undrafted_tokens_per_s)],
+            ["ratio, median", _number(report.ratio)],
+            ["same tokens undrafted", "yes" if report.identical else "NO"],
+        ]
+    return tabulate(rows, colalign=("left", "right"))
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
 
 
 def _lengths(option: str, text: str) -> list[int]:

@@ -7,6 +7,7 @@ goes to the device, OUT/server to the server; neither holds the other's layers, 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 WEIGHT_BITS = (2, 4, 8, 16, 32)
@@ -93,6 +94,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="validate against transformers' own model, too (needs torch)",
     )
+    parser.add_argument(
+        "--no-draft", dest="draft", action="store_false", help="leave out the trained draft that is shipped for a model"
+    )
     parser.add_argument("--cache", metavar="DIR", help="where downloaded models and calibration texts are kept")
     parser.add_argument("--offline", action="store_true", help="use downloaded models only")
     parser.add_argument("--json", action="store_true", help="print the manifest instead of a table")
@@ -101,7 +105,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export and print what was written."""
     from ..export.export import export_bundle
-    from .inspect import print_manifest
+    from ..runtime.bundle import open_bundle
+    from ..runtime.draft_bundle import open_draft
+    from .inspect import print_draft, print_manifest
     from .progress import progress_bar
 
     kv_bits = 32 if args.kv_bits is None else args.kv_bits
@@ -129,12 +135,17 @@ def run(args: argparse.Namespace) -> int:
             calibration_tokens=args.calibration_tokens,
             layers_per_block=args.layers_per_block,
             compare_transformers=args.compare_transformers,
+            draft=args.draft,
             cache=args.cache,
             offline=args.offline,
             progress=progress,
             **options,
         )
     print_manifest(manifest, as_json=args.json)
+    if not args.json and (Path(args.output) / "device").is_dir():
+        draft = open_draft(open_bundle(args.output, "device", verify=False), verify=False)
+        if draft is not None:
+            print_draft(draft.record)
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..runtime.bundle import Manifest, Segment
+    from ..runtime.draft_bundle import DraftRecord
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +25,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the files and print the manifest."""
     from ..runtime.bundle import MANIFEST_NAME, open_bundle
+    from ..runtime.draft_bundle import open_draft
 
     folder = Path(args.bundle)
     halves = [] if (folder / MANIFEST_NAME).exists() else [folder / half for half in ("device", "server")]
     opened = [open_bundle(half) for half in halves if half.is_dir()] or [open_bundle(folder)]
     print_manifest(opened[0].manifest, as_json=args.json)
+    draft = open_draft(opened[0]) if opened[0].half == "device" else None
+    if draft is not None and not args.json:
+        print_draft(draft.record)
     return 0
+
+
+def print_draft(record: DraftRecord) -> None:
+    """Print what a draft is."""
+    size = sum(entry.bytes for entry in record.files) / 1e6
+    line = f"draft: {size:.2f} MB, guesses {record.vocabulary} ids"
+    if "agreement" in record.training:
+        line += f", agrees with the model on {100 * record.training['agreement']:.1f} % of held-out tokens"
+    print(line)
 
 
 def print_manifest(manifest: Manifest, *, as_json: bool) -> None:

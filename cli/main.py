@@ -10,11 +10,12 @@ from types import ModuleType
 
 from .._version import __version__
 from ..errors import IsthmusError
-from . import bench, devices, eval, export, generate, inspect, install, link, plan, pull, serve
+from . import bench, devices, distill, eval, export, generate, inspect, install, link, plan, pull, serve
 
 COMMANDS: dict[str, ModuleType] = {
     "pull": pull,
     "export": export,
+    "distill": distill,
     "inspect": inspect,
     "install": install,
     "serve": serve,
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"isthmus: error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        if args.command not in ("export", "eval", "plan") or (error.name or "").startswith("isthmus"):
+        if args.command not in ("export", "distill", "eval", "plan") or (error.name or "").startswith("isthmus"):
             raise
         extra = "eval" if args.command == "eval" else "export"
         print(

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -194,24 +194,37 @@ def chat_opening(tokenizer: TokenizerFiles) -> str | None:
     """
     if not tokenizer.chat_template:
         return None
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControls])
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda _format: "26 Jul 2024"  # the day that Llama 3's templates fall back on
-    source = re.sub(r"{%-? *(end)?generation *-?%}", "", tokenizer.chat_template)  # only marks what is trained on
     try:
-        text = environment.from_string(source).render(
-            messages=[{"role": "user", "content": _USER_WORDS}],
-            tools=None,
-            documents=None,
-            add_generation_prompt=False,
-            **tokenizer.special_tokens,
-        )
+        text = render_chat(tokenizer, [{"role": "user", "content": _USER_WORDS}])
     # A template is a program: what it does to values of the wrong type ends in Python's own errors.
     except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
         logger.warning("the chat template opens no user's turn (%s); calibrating on plain text only", error)
         return None
     opening, words, _ = text.partition(_USER_WORDS)
     return opening if words else None
+
+
+def render_chat(
+    tokenizer: TokenizerFiles, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+) -> str:
+    """Messages in the chat template's form, the same on every day.
+
+    Raises:
+        TemplateError: there is no template, or it does not take them; Python's own errors if it is badly written.
+    """
+    if not tokenizer.chat_template:
+        raise TemplateError("the model has no chat template")
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControls])
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda _format: "26 Jul 2024"  # the day that Llama 3's templates fall back on
+    source = re.sub(r"{%-? *(end)?generation *-?%}", "", tokenizer.chat_template)  # only marks what is trained on
+    return environment.from_string(source).render(
+        messages=messages,
+        tools=None,
+        documents=None,
+        add_generation_prompt=add_generation_prompt,
+        **tokenizer.special_tokens,
+    )
 
 
 def _raise_exception(message: str) -> None:

@@ -226,6 +226,8 @@ def build_block(
     max_length: int,
     kv: KVSpec,
     kv_scales: Mapping[int, KVScales],
+    *,
+    input_map: str | None = None,
 ) -> None:
     """Write the graph of consecutive layers.
 
@@ -248,6 +250,7 @@ def build_block(
         max_length: most positions that a token can have.
         kv: layout of the KV cache.
         kv_scales: of each layer, if the cache is quantized.
+        input_map: name of a square matrix that hidden states pass before the first layer, as a draft's do.
     """
     writer, arch = builder.writer, builder.arch
     residual = writer.input("hidden", [builder.batch, "tokens", arch.d_model])
@@ -263,6 +266,8 @@ def build_block(
     for table, values in zip(("cos", "sin"), rope_tables(arch, max_length + 1), strict=True):
         writer.weight(table, values)
     residual = builder.pad_rows(residual)
+    if input_map is not None:
+        residual = builder.linear(residual, input_map, [input_map])
     branch = builder.zero_like(residual)
     for layer, names in layers.items():
         _cache(builder, layer, kv)

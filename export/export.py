@@ -35,6 +35,7 @@ from .calibration import CALIBRATION_TOKENS, WINDOW, check_tokens
 from .calibration import calibration_windows as windows_of
 from .checkpoint import Checkpoint, TokenizerFiles, open_checkpoint
 from .codec_calibration import UNCALIBRATED, calibrate_codecs
+from .draft_segment import write_draft
 from .families import family_of
 from .families.common import check_tensors, weight_tensors
 from .gptq import CalibratedWeights
@@ -42,6 +43,7 @@ from .kv_scales import calibrate_kv
 from .progress import Progress, silent
 from .segments import SegmentWriter
 from .sensitivity import auto
+from .shipped_drafts import shipped_draft
 from .sources import resolve_model
 from .validate import FloatModel, Validator, validation_text
 from .weights import Weights, copies
@@ -77,6 +79,7 @@ def export_bundle(
     layers_per_block: int = DEFAULT_LAYERS_PER_BLOCK,
     max_length: int | None = None,
     compare_transformers: bool = False,
+    draft: bool = True,
     cache: str | Path | None = None,
     offline: bool = False,
     progress: Progress = silent,
@@ -105,6 +108,8 @@ def export_bundle(
         calibration_windows: token ids of texts to calibrate on, in place of the two.
         layers_per_block: most layers in one ONNX file.
         max_length: most positions of a session; by default 2048 or the model's own limit if that is lower.
+        draft: give the device half the trained draft that comes with the package, if there is one for this model and
+            split; `isthmus.export.distill` trains others.
         compare_transformers: also validate against transformers' own model (needs torch and transformers).
         cache: where downloaded models and what they wrote themselves are kept; by default the user's cache folder.
         offline: use models on this machine only.
@@ -241,6 +246,9 @@ def export_bundle(
         manifest = replace(manifest, validation=report)
         for half in manifest.files:
             (root / half / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        shipped = shipped_draft(checkpoint.file_hashes(), split) if draft and device_layers == "front" else None
+        if shipped is not None:
+            write_draft(root / "device", manifest, *shipped)
         return manifest
 
     return _staged(out, build)

@@ -154,6 +154,27 @@ static void search_row(const float *values, const Model *model, const float *off
     }
 }
 
+/* Needs no interpreter; -1 if memory is short. */
+static int search_rows(const float *values, Py_ssize_t rows, const Model *model, const float *offsets,
+                       const float *costs, float bit, int32_t *indices) {
+    uint8_t *paths = malloc((size_t)model->width);
+    int32_t(*picked)[2][2] = malloc((size_t)model->width * sizeof *picked);
+    const int there = paths && picked;
+    if (there)
+        for (Py_ssize_t row = 0; row < rows; row++)
+            search_row(values + row * model->width, model, offsets, costs, bit, indices + row * model->width, paths,
+                       picked);
+    free(paths);
+    free(picked);
+    return there ? 0 : -1;
+}
+
+/* Whether offsets and costs are those of a model's tables. */
+static int fit(const Model *model, const Py_buffer *offsets, const Py_buffer *costs) {
+    return offsets->len == 2 * model->tables * (SYMBOLS - 1) * (Py_ssize_t)sizeof(float) &&
+           costs->len == 2 * model->tables * SYMBOLS * (Py_ssize_t)sizeof(float);
+}
+
 static PyObject *quantize(PyObject *module, PyObject *args) {
     Py_buffer values, contexts, cumulative, offsets, costs, indices;
     float bit;
@@ -164,22 +185,12 @@ static PyObject *quantize(PyObject *module, PyObject *args) {
     if (read_model(&model, &contexts, &cumulative, 2) == 0) {
         const Py_ssize_t rows = values.len / (Py_ssize_t)sizeof(float) / model.width;
         if (values.len != rows * model.width * (Py_ssize_t)sizeof(float) || indices.len != values.len ||
-            offsets.len != 2 * model.tables * (SYMBOLS - 1) * (Py_ssize_t)sizeof(float) ||
-            costs.len != 2 * model.tables * SYMBOLS * (Py_ssize_t)sizeof(float)) {
+            !fit(&model, &offsets, &costs))
             PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
-        } else {
-            uint8_t *paths = PyMem_Malloc((size_t)model.width);
-            int32_t(*picked)[2][2] = PyMem_Malloc((size_t)model.width * sizeof *picked);
-            if (paths && picked) {
-                for (Py_ssize_t row = 0; row < rows; row++)
-                    search_row((const float *)values.buf + row * model.width, &model, offsets.buf, costs.buf, bit,
-                               (int32_t *)indices.buf + row * model.width, paths, picked);
-                result = Py_NewRef(Py_None);
-            } else
-                PyErr_NoMemory();
-            PyMem_Free(paths);
-            PyMem_Free(picked);
-        }
+        else if (search_rows(values.buf, rows, &model, offsets.buf, costs.buf, bit, indices.buf) < 0)
+            PyErr_NoMemory();
+        else
+            result = Py_NewRef(Py_None);
     }
     PyBuffer_Release(&values);
     PyBuffer_Release(&contexts);
@@ -232,6 +243,45 @@ static int put_index(Encoder *encoder, const uint16_t *table, int32_t index) {
     return failed | put(encoder, table[symbol], (uint32_t)(table[symbol + 1] - table[symbol]));
 }
 
+/* Codes rows at the end of the output; where they begin in it, -1 if they do not fit, or -2 if memory is short. Needs no
+   interpreter. */
+static Py_ssize_t put_rows(const int32_t *indices, Py_ssize_t rows, const Model *model, uint32_t seed,
+                           const Py_buffer *output) {
+    uint8_t *states = malloc((size_t)model->width);
+    if (!states)
+        return -2;
+    Encoder encoder = {seed, (uint8_t *)output->buf + output->len, output->buf};
+    int failed = 0;
+    for (Py_ssize_t row = rows; row-- > 0 && !failed;) {
+        const int32_t *index = indices + row * model->width;
+        int state = 0;
+        for (Py_ssize_t i = 0; i < model->width; i++) {
+            states[i] = (uint8_t)state;
+            state = NEXT[state][index[i] & 1];
+        }
+        for (Py_ssize_t i = model->width; i-- > 0 && !failed;)
+            failed = put_index(&encoder, table_of(model, i, states[i]), index[i]);
+    }
+    for (; encoder.state && !failed; encoder.state >>= 8) {
+        failed = encoder.at == encoder.start;
+        if (!failed)
+            *--encoder.at = (uint8_t)encoder.state;
+    }
+    free(states);
+    return failed ? -1 : encoder.at - encoder.start;
+}
+
+/* What `put_rows` gave, for Python. */
+static PyObject *offset_in_output(Py_ssize_t start) {
+    if (start >= 0)
+        return PyLong_FromSsize_t(start);
+    if (start == -1)
+        PyErr_SetString(PyExc_OverflowError, "the indices take more room than there is");
+    else
+        PyErr_NoMemory();
+    return NULL;
+}
+
 static PyObject *encode(PyObject *module, PyObject *args) {
     Py_buffer indices, contexts, cumulative, output;
     unsigned int seed;
@@ -241,37 +291,11 @@ static PyObject *encode(PyObject *module, PyObject *args) {
     PyObject *result = NULL;
     Model model;
     if (read_model(&model, &contexts, &cumulative, trellis ? 2 : 1) == 0) {
-        const int32_t *all = indices.buf;
         const Py_ssize_t rows = indices.len / (Py_ssize_t)sizeof(int32_t) / model.width;
-        uint8_t *states = PyMem_Malloc((size_t)model.width);
         if (indices.len != rows * model.width * (Py_ssize_t)sizeof(int32_t) || seed >= LOW) {
             PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
-        } else if (!states) {
-            PyErr_NoMemory();
-        } else {
-            Encoder encoder = {seed, (uint8_t *)output.buf + output.len, output.buf};
-            int failed = 0;
-            for (Py_ssize_t row = rows; row-- > 0 && !failed;) {
-                const int32_t *index = all + row * model.width;
-                int state = 0;
-                for (Py_ssize_t i = 0; i < model.width; i++) {
-                    states[i] = (uint8_t)state;
-                    state = NEXT[state][index[i] & 1];
-                }
-                for (Py_ssize_t i = model.width; i-- > 0 && !failed;)
-                    failed = put_index(&encoder, table_of(&model, i, states[i]), index[i]);
-            }
-            for (; encoder.state && !failed; encoder.state >>= 8) {
-                failed = encoder.at == encoder.start;
-                if (!failed)
-                    *--encoder.at = (uint8_t)encoder.state;
-            }
-            if (failed)
-                PyErr_SetString(PyExc_OverflowError, "the indices take more room than there is");
-            else
-                result = PyLong_FromSsize_t(encoder.at - encoder.start);
-        }
-        PyMem_Free(states);
+        } else
+            result = offset_in_output(put_rows(indices.buf, rows, &model, seed, &output));
     }
     PyBuffer_Release(&indices);
     PyBuffer_Release(&contexts);
@@ -480,57 +504,95 @@ VECTORIZED static void weigh_integers(const float *inputs, const int16_t *restri
         }
 }
 
-/* Rows in the transform's basis without what their tokens predict, in steps; ordinary[row] is whether its norm is
-   within the limit. False if an id is none of the vocabulary's. */
-static PyObject *coefficients(PyObject *module, PyObject *args) {
-    Py_buffer inputs, matrix, scales, predicted, predicted_scale, ids, outputs, ordinary;
-    float limit, step;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*w*w*ff", &inputs, &matrix, &scales, &predicted, &predicted_scale, &ids,
-                          &outputs, &ordinary, &limit, &step))
+/* Rows in the transform's basis without what their tokens predict, in steps; which of them lie within the limit. */
+static void transform(const float *inputs, Py_ssize_t rows, Py_ssize_t inner, const int16_t *matrix,
+                      const float *scales, const int8_t *predicted, const float *predicted_scale, const int64_t *ids,
+                      float limit, float step, float *outputs, Py_ssize_t width, uint8_t *ordinary) {
+    const float per_step = 1 / step;
+    memset(outputs, 0, (size_t)(rows * width) * sizeof *outputs);
+    for (Py_ssize_t row = 0; row < rows; row += ROWS_AT_ONCE)
+        weigh_integers(inputs + row * inner, matrix, scales, outputs + row * width,
+                       rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE, inner, width);
+    for (Py_ssize_t row = 0; row < rows; row++) {
+        const int8_t *from = predicted + ids[row] * inner;
+        float *output = outputs + row * width;
+        double squares = 0;
+        for (Py_ssize_t j = 0; j < width; j++) {
+            output[j] -= (float)from[j] * predicted_scale[j];
+            squares += (double)output[j] * output[j];
+            output[j] *= per_step;
+        }
+        ordinary[row] = squares <= (double)limit * limit; /* not what overflowed */
+    }
+}
+
+/* Transform, path and code of a frame's ordinary rows, in one call, for one token is all that a step of a decode
+   sends. Their coded rows end the output; the result is where they begin, its length if no row is ordinary. */
+static PyObject *encode_hidden(PyObject *module, PyObject *args) {
+    Py_buffer hidden, ids, ordinary, output, matrix, scales, predicted, predicted_scale, contexts, cumulative, offsets,
+        costs;
+    float limit, step, bit;
+    unsigned int seed;
+    if (!PyArg_ParseTuple(args, "y*y*w*w*y*y*y*y*ffy*y*y*y*fI", &hidden, &ids, &ordinary, &output, &matrix, &scales,
+                          &predicted, &predicted_scale, &limit, &step, &contexts, &cumulative, &offsets, &costs, &bit,
+                          &seed))
         return NULL;
     PyObject *result = NULL;
     const Py_ssize_t size = (Py_ssize_t)sizeof(float), inner = scales.len / size, rows = ordinary.len;
-    const Py_ssize_t width = rows ? outputs.len / (rows * size) : 0;
-    if (!inner || width < 1 || width > inner || scales.len != inner * size || predicted_scale.len != inner * size ||
-        matrix.len != inner * inner * (Py_ssize_t)sizeof(int16_t) || inputs.len != rows * inner * size ||
-        outputs.len != rows * width * size || ids.len != rows * (Py_ssize_t)sizeof(int64_t) || predicted.len % inner) {
+    Model model;
+    if (read_model(&model, &contexts, &cumulative, 2) < 0) {
+        /* the error is set */
+    } else if (!inner || model.width > inner || scales.len != inner * size || predicted_scale.len != inner * size ||
+               matrix.len != inner * inner * (Py_ssize_t)sizeof(int16_t) || hidden.len != rows * inner * size ||
+               ids.len != rows * (Py_ssize_t)sizeof(int64_t) || predicted.len % inner ||
+               !fit(&model, &offsets, &costs) || seed >= LOW || predicted.len / inner > (Py_ssize_t)(LOW - seed)) {
         PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
     } else {
         const int64_t *id = ids.buf, vocabulary = predicted.len / inner;
+        const Py_ssize_t width = model.width;
         int known = 1;
         for (Py_ssize_t row = 0; row < rows; row++)
             known &= id[row] >= 0 && id[row] < vocabulary;
-        if (known) {
+        float *values = malloc((size_t)(rows * width + 1) * sizeof *values);
+        int32_t *indices = malloc((size_t)(rows * width + 1) * sizeof *indices);
+        if (!known) {
+            PyErr_SetString(PyExc_ValueError, "an id outside the vocabulary");
+        } else if (!values || !indices) {
+            PyErr_NoMemory();
+        } else {
+            Py_ssize_t coded = 0, start = output.len;
             Py_BEGIN_ALLOW_THREADS
-            const float *of_prediction = predicted_scale.buf, per_step = 1 / step;
-            memset(outputs.buf, 0, (size_t)outputs.len);
-            for (Py_ssize_t row = 0; row < rows; row += ROWS_AT_ONCE)
-                weigh_integers((const float *)inputs.buf + row * inner, matrix.buf, scales.buf,
-                               (float *)outputs.buf + row * width,
-                               rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE, inner, width);
-            for (Py_ssize_t row = 0; row < rows; row++) {
-                const int8_t *from = (const int8_t *)predicted.buf + id[row] * inner;
-                float *output = (float *)outputs.buf + row * width;
-                double squares = 0;
-                for (Py_ssize_t j = 0; j < width; j++) {
-                    output[j] -= (float)from[j] * of_prediction[j];
-                    squares += (double)output[j] * output[j];
-                    output[j] *= per_step;
+            uint32_t first = 0;
+            transform(hidden.buf, rows, inner, matrix.buf, scales.buf, predicted.buf, predicted_scale.buf, id, limit,
+                      step, values, width, ordinary.buf);
+            for (Py_ssize_t row = 0; row < rows; row++)
+                if (((const uint8_t *)ordinary.buf)[row]) {
+                    if (!coded)
+                        first = (uint32_t)id[row];
+                    memmove(values + coded++ * width, values + row * width, (size_t)width * sizeof *values);
                 }
-                ((uint8_t *)ordinary.buf)[row] = squares <= (double)limit * limit; /* not what overflowed */
-            }
+            if (coded && search_rows(values, coded, &model, offsets.buf, costs.buf, bit, indices) < 0)
+                start = -2;
+            else if (coded)
+                start = put_rows(indices, coded, &model, seed + first, &output);
             Py_END_ALLOW_THREADS
+            result = offset_in_output(start);
         }
-        result = PyBool_FromLong(known);
+        free(values);
+        free(indices);
     }
-    PyBuffer_Release(&inputs);
+    PyBuffer_Release(&hidden);
+    PyBuffer_Release(&ids);
+    PyBuffer_Release(&ordinary);
+    PyBuffer_Release(&output);
     PyBuffer_Release(&matrix);
     PyBuffer_Release(&scales);
     PyBuffer_Release(&predicted);
     PyBuffer_Release(&predicted_scale);
-    PyBuffer_Release(&ids);
-    PyBuffer_Release(&outputs);
-    PyBuffer_Release(&ordinary);
+    PyBuffer_Release(&contexts);
+    PyBuffer_Release(&cumulative);
+    PyBuffer_Release(&offsets);
+    PyBuffer_Release(&costs);
     return result;
 }
 
@@ -543,8 +605,9 @@ static PyMethodDef METHODS[] = {
      "decode(payload, contexts, cumulative, offsets, values, trellis) -> seed or -1"},
     {"count", count, METH_VARARGS, "count(values, indices, contexts, counts, sums): adds to counts and sums"},
     {"multiply", multiply, METH_VARARGS, "multiply(inputs, matrix, outputs, inner, stride, width)"},
-    {"coefficients", coefficients, METH_VARARGS,
-     "coefficients(inputs, matrix, scales, predicted, predicted_scale, ids, outputs, ordinary, limit, step) -> bool"},
+    {"encode_hidden", encode_hidden, METH_VARARGS,
+     "encode_hidden(hidden, ids, ordinary, output, matrix, scales, predicted, predicted_scale, limit, step, contexts, "
+     "cumulative, offsets, costs, bit, seed) -> offset in output"},
     {NULL, NULL, 0, NULL},
 };
 

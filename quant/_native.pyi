@@ -8,16 +8,22 @@ def encode(indices: Any, contexts: Any, cumulative: Any, seed: int, output: byte
 def decode(payload: Any, contexts: Any, cumulative: Any, offsets: Any, values: Any, trellis: bool, /) -> int: ...
 def count(values: Any, indices: Any, contexts: Any, counts: Any, sums: Any, /) -> None: ...
 def multiply(inputs: Any, matrix: Any, outputs: Any, inner: int, stride: int, width: int, /) -> None: ...
-def coefficients(
-    inputs: Any,
+def encode_hidden(
+    hidden: Any,
+    ids: Any,
+    ordinary: Any,
+    output: bytearray,
     matrix: Any,
     scales: Any,
     predicted: Any,
     predicted_scale: Any,
-    ids: Any,
-    outputs: Any,
-    ordinary: Any,
     limit: float,
     step: float,
+    contexts: Any,
+    cumulative: Any,
+    offsets: Any,
+    costs: Any,
+    bit: float,
+    seed: int,
     /,
-) -> bool: ...
+) -> int: ...

@@ -20,13 +20,19 @@ def finite_hidden(hidden: NDArray[np.float32]) -> NDArray[np.float32]:
     Raises:
         CodecError: another shape or dtype, or a value that is not finite.
     """
+    hidden = shaped_hidden(hidden)
+    check_finite(hidden)
+    return hidden
+
+
+def shaped_hidden(hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What `finite_hidden` does, for coders that find out themselves what is not finite."""
     if hidden.ndim != 2 or hidden.dtype != np.float32:
         raise CodecError(
             f"hidden states {hidden.dtype}{list(hidden.shape)}: a codec takes float32 [tokens, d_model]; convert them"
         )
     if not hidden.size:
         check_shape(*hidden.shape)
-    check_finite(hidden)
     return np.ascontiguousarray(hidden)
 
 

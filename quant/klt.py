@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CodecError
-from .checks import check_shape, finite_hidden
+from .checks import check_finite, check_shape, shaped_hidden
 from .codec import Raw16
-from .trellis import Floats, TrellisTables, native
+from .trellis import Floats, TrellisTables, coder_output, native
 
 _RAW_SECTION = 0x80  # of the level's byte
 _RAW_HEADER = struct.Struct("<HI")  # tokens, bytes of their values
@@ -141,6 +141,17 @@ class KLT:
         self._forward_scale = (largest / np.float32(32767)).astype(np.float32)
         self._forward = np.rint(tables.forward / self._forward_scale[:, None]).astype(np.int16)
         self._first_seed = 1 << max(14, (len(tables.predicted) - 1).bit_length())
+        chosen = tables.levels[level]
+        self._constants = (
+            self._forward,
+            self._forward_scale,
+            tables.predicted,
+            tables.predicted_scale,
+            tables.limit,
+            chosen.step,
+            *chosen.tables.coder,
+            self._first_seed,
+        )
 
     def encode(self, hidden: Floats, token_ids: Sequence[int] = ()) -> bytes:
         """Encode hidden states ``[tokens, d_model]`` float32 of these tokens.
@@ -148,35 +159,22 @@ class KLT:
         Raises:
             CodecError: NaN or infinity, another width, or ids that do not fit.
         """
-        hidden, ids = finite_hidden(hidden), np.asarray(token_ids, np.int64)
-        tables = self._tables
-        level = tables.levels[self._level]
-        values = np.empty((len(ids), level.tables.width), np.float32)
-        ordinary = np.empty(len(ids), np.bool_)
-        if hidden.shape != (len(ids), len(tables.forward)) or not native().coefficients(
-            hidden,
-            self._forward,
-            self._forward_scale,
-            tables.predicted,
-            tables.predicted_scale,
-            ids,
-            values,
-            ordinary,
-            tables.limit,
-            level.step,
-        ):
+        hidden, ids = shaped_hidden(hidden), np.asarray(token_ids, np.int64)
+        predicted = self._tables.predicted
+        if hidden.shape != (len(ids), len(self._forward)) or min(token_ids) < 0 or max(token_ids) >= len(predicted):
             raise CodecError(
                 f"hidden states {list(hidden.shape)} and {len(ids)} token ids: klt takes [tokens, "
-                f"{len(tables.forward)}] and as many ids below {len(tables.predicted)}"
+                f"{len(self._forward)}] and as many ids below {len(predicted)}"
             )
+        ordinary = np.empty(len(ids), np.bool_)
+        output = coder_output(ordinary.size * self._tables.levels[self._level].tables.width)
+        start = native().encode_hidden(hidden, ids, ordinary, output, *self._constants)
         head = bytes([self._level])
         if not ordinary.all():
+            check_finite(hidden)  # a row that is not is not ordinary either
             head = bytes([self._level | _RAW_SECTION]) + _raw_section(hidden, ~ordinary)
-            values, ids = values[ordinary], ids[ordinary]
-            if not len(ids):
-                return head
-        coded = level.tables.encode(level.tables.quantize(values), self._first_seed + int(ids[0]))
-        return b"".join((head, ids[1:].astype(self._id_type).tobytes(), coded))
+            ids = ids[ordinary]
+        return b"".join((head, ids[1:].astype(self._id_type).tobytes(), memoryview(output)[start:]))
 
     def decode(self, payload: bytes, tokens: int, d_model: int) -> Floats:
         """Decode hidden states ``[tokens, d_model]``, of any level.

@@ -24,16 +24,18 @@ Payload: five bytes per token (`TOKEN`), all outlier indices, all outlier values
 width, rising, the codes of its tokens. Everything else follows from the first part, so that the size is known
 before anything is allocated. `isthmus.quant.tabq_rans` has the same but for the codes.
 
-A step of a decode sends one token, whose arrays are so small that the number of NumPy calls is what it costs,
-most of all when a model's weights have just passed through the caches. Hence arithmetic whose range is kept by two
-constants (`_HUGE`, `_SMALLEST_RANGE`) and not by normalizing, and `_encode_one` and `_decode_one`: the usual case of
-one token in a line, the same bytes and bits with a third less time, which leave all else to the general way.
+A step of a decode sends one token, whose arrays are so small that the number of NumPy calls is what it costs, most of
+all when a model's weights have just passed through the caches. Hence arithmetic whose range is kept by two constants
+(`_HUGE`, `_SMALLEST_RANGE`) and not by normalizing, and a compiled form of the whole (`_tabq.c`), a tenth of the time.
+Where an installation has none the NumPy form here serves; its sums have another order, so that a token whose error
+meets the tolerance to the last bit may get another width, which any decoder takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -41,8 +43,13 @@ from numpy.typing import NDArray
 
 from ..errors import CodecError
 from .bitpack import pack, packed_bytes, unpack
-from .checks import check_shape, finite_hidden
-from .tabq_front import MAX_SCALE, MAX_WIDTH, MIN_WIDTH, RAW, TOKEN, Front, Quantized, index_width, rows_of
+from .checks import check_finite, check_shape, shaped_hidden
+from .tabq_front import MAX_WIDTH, MIN_WIDTH, RAW, TOKEN, Front, Quantized, rows_of
+
+try:
+    from . import _tabq
+except ImportError:  # no compiler was there at the installation
+    _tabq = None  # type: ignore[assignment]
 
 TOLERANCES = (0.05, 0.1, 0.2, 0.3, 0.4)  # those that a bundle's levels have, from the finest
 
@@ -96,53 +103,16 @@ class TabQ:
 
     def encode(self, hidden: NDArray[np.float32], token_ids: Sequence[int] = ()) -> bytes:
         """Encode hidden states ``[tokens, d_model]`` float32; raises `CodecError` on NaN or infinity."""
-        hidden = finite_hidden(hidden)
-        payload = self._encode_one(hidden) if len(hidden) == 1 else None
-        return self._encode_many(hidden) if payload is None else payload
+        hidden = shaped_hidden(hidden)
+        payload = None if _tabq is None else _tabq.encode(hidden, hidden.shape[1], *self._options)
+        if payload is None:
+            check_finite(hidden)
+            payload = self._encode_numpy(hidden)
+        return payload
 
-    def _encode_one(self, hidden: NDArray[np.float32]) -> bytes | None:
-        """What `_encode_many` makes of one token ``[1, d_model]``; None if that stores it raw."""
-        magnitude = np.abs(hidden)
-        dense = magnitude <= self._cutoff(magnitude)
-        sparse = ~dense
-        indices = sparse.nonzero()[1]
-        if len(indices) > _MAX_OUTLIERS:
-            return None
-        rest = hidden * dense
-        low = np.minimum.reduce(rest, axis=1, initial=0)
-        scales = (np.maximum.reduce(rest, axis=1, initial=_SMALLEST_RANGE) - low) / _LEVELS[self.q_min : self.q_max + 1]
-        bits = scales.view(np.uint32)
-        bits += _BELOW_BFLOAT16
-        bits &= _BFLOAT16
-        at_once = max(1, _BLOCK // rest.size)
-        for start in range(0, len(scales), at_once):
-            steps = rest / scales[start : start + at_once, None]
-            allowed = np.vecdot(steps, steps)
-            allowed *= self.tolerance**2
-            rounded = np.rint(steps)
-            steps -= rounded
-            within = (np.vecdot(steps, steps) <= allowed).tolist()
-            if True in within:
-                break
-        else:
-            return None
-        row = within.index(True)
-        choice = start + row
-        width = self.q_min + choice
-        zero = np.rint(low / scales[choice])
-        codes = np.minimum(rounded[row] - zero, _LEVELS[width]).astype(np.uint8)
-        return b"".join(
-            (
-                TOKEN.pack(width, len(indices), -int(zero[0]), int(bits[choice]) >> 16),
-                pack(indices, index_width(hidden.shape[1])),
-                hidden[sparse].astype("<f4", copy=False).tobytes(),
-                pack(codes[dense[0]], width),
-            )
-        )
-
-    def _encode_many(self, hidden: NDArray[np.float32]) -> bytes:
-        """The general way: any number of tokens ``[tokens, d_model]``, each at its width or raw."""
-        quantized = self.quantize(hidden)
+    def _encode_numpy(self, hidden: NDArray[np.float32]) -> bytes:
+        """What `encode` gives for finite hidden states."""
+        quantized = self._quantize_numpy(hidden)
         widths = quantized.head[:, 0].tolist()
         packed = []
         for width in sorted(set(widths) - {RAW}):
@@ -151,7 +121,26 @@ class TabQ:
         return b"".join((*quantized.front(), *packed))
 
     def quantize(self, hidden: NDArray[np.float32]) -> Quantized:
-        """TS and TAB-Q of finite hidden states ``[tokens, d_model]`` float32."""
+        """TS and TAB-Q of finite hidden states ``[tokens, d_model]`` float32, contiguous."""
+        if _tabq is None:
+            return self._quantize_numpy(hidden)
+        tokens, d_model = hidden.shape
+        head = np.empty((tokens, TOKEN.size), np.uint8)
+        codes = np.empty((tokens, d_model), np.uint8)
+        coded = np.empty((tokens, d_model), np.bool_)
+        _tabq.quantize(hidden, d_model, *self._options, head, codes, coded)
+        raw = head[:, 0] == RAW
+        sparse = ~(coded | raw[:, None])
+        return Quantized(head, codes, coded, sparse.nonzero()[1], hidden[sparse], hidden[raw])
+
+    @cached_property
+    def _options(self) -> tuple[float, int, float, int, int]:
+        """As the compiled form takes them."""
+        threshold = -1.0 if self.threshold is None else float(_below(self.threshold))
+        return threshold, self.outliers, self.tolerance**2, self.q_min, self.q_max
+
+    def _quantize_numpy(self, hidden: NDArray[np.float32]) -> Quantized:
+        """What `quantize` gives."""
         tokens, d_model = hidden.shape
         magnitude = np.abs(hidden)
         dense = magnitude <= self._cutoff(magnitude)
@@ -192,7 +181,7 @@ class TabQ:
     def _cutoff(self, magnitude: NDArray[np.float32]) -> NDArray[np.float32] | np.float32:
         """TS of ``[tokens, d_model]``: the largest magnitude that is not an outlier, one or ``[tokens, 1]``."""
         if self.threshold is not None:
-            return np.nextafter(np.float32(min(self.threshold, _HUGE)), np.float32(0))
+            return _below(self.threshold)
         rank = magnitude.shape[1] - self.outliers - 1
         if rank < 0:
             return np.float32(-1)
@@ -237,47 +226,21 @@ class TabQ:
             CodecError: wrong length, a field or an index out of range, a value that is not finite.
         """
         check_shape(tokens, d_model)
-        hidden = _decode_one(payload, d_model) if tokens == 1 else None
-        return _decode_many(payload, tokens, d_model) if hidden is None else hidden
+        # A value takes two bits at least.
+        if _tabq is not None and len(payload) >= tokens * TOKEN.size + tokens * d_model // 4:
+            hidden = np.empty((tokens, d_model), np.float32)
+            if _tabq.decode(payload, tokens, hidden):
+                return hidden
+        return _decode_numpy(payload, tokens, d_model)
 
 
-def _decode_one(payload: bytes, d_model: int) -> NDArray[np.float32] | None:
-    """What `_decode_many` makes of one token; None if it is raw or if `_decode_many` has a complaint about it."""
-    if len(payload) < TOKEN.size:
-        return None
-    width, outliers, zero, scale = TOKEN.unpack_from(payload)
-    index_bits = index_width(d_model)
-    values_at = TOKEN.size + packed_bytes(outliers, index_bits)
-    codes_at = values_at + 4 * outliers
-    if not (
-        MIN_WIDTH <= width <= MAX_WIDTH
-        and zero < 2**width
-        and scale <= MAX_SCALE
-        and outliers <= d_model
-        and len(payload) == codes_at + packed_bytes(d_model - outliers, width)
-    ):
-        return None
-    indices = unpack(payload[TOKEN.size : values_at], outliers, index_bits, np.uint32)
-    values = np.frombuffer(payload, "<f4", outliers, values_at)
-    rising = indices.tolist()
-    if (
-        rising != sorted(set(rising))
-        or max(rising, default=0) >= d_model
-        or not np.logical_and.reduce(np.isfinite(values))
-    ):
-        return None
-    rest = unpack(payload[codes_at:], d_model - outliers, width, np.uint8) - np.float32(zero)
-    rest *= np.array([scale << 16], np.uint32).view(np.float32)
-    dense = np.ones((1, d_model), np.bool_)
-    dense.put(indices, False)
-    hidden = np.empty((1, d_model), np.float32)
-    hidden[dense] = rest
-    hidden.put(indices, values)
-    return hidden
+def _below(threshold: float) -> np.float32:
+    """The largest magnitude that is no outlier."""
+    return np.nextafter(np.float32(min(threshold, _HUGE)), np.float32(0))
 
 
-def _decode_many(payload: bytes, tokens: int, d_model: int) -> NDArray[np.float32]:
-    """The general way: any number of tokens, and every complaint about a payload."""
+def _decode_numpy(payload: bytes, tokens: int, d_model: int) -> NDArray[np.float32]:
+    """What `TabQ.decode` gives, and every complaint about a payload."""
     front = Front.read(payload, tokens, d_model)
     expected = front.size + sum(packed_bytes(count, width) for width, count in front.counts.items())
     if len(payload) != expected:

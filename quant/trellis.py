@@ -55,6 +55,11 @@ def has_native() -> bool:
     return True
 
 
+def coder_output(indices: int) -> bytearray:
+    """Room for so many coded indices."""
+    return bytearray(8 * indices + 16)  # an escape takes at most 58 bits
+
+
 @dataclass(frozen=True)
 class TrellisTables:
     """What encoder and decoder share for rows of ``width`` numbers, all counted in steps.
@@ -81,8 +86,9 @@ class TrellisTables:
         return (np.log2(FREQUENCIES) - np.log2(frequencies)).astype(np.float32)
 
     @cached_property
-    def _costs(self) -> Floats:
-        return (BIT_PRICE * self.bits).astype(np.float32)
+    def coder(self) -> tuple[NDArray[np.uint8], NDArray[np.uint16], Floats, Floats, float]:
+        """What the compiled path search takes besides its values."""
+        return self.contexts, self.cumulative, self.offsets, (BIT_PRICE * self.bits).astype(np.float32), BIT_PRICE
 
     def quantize(self, values: Floats) -> NDArray[np.int32]:
         """Indices ``[rows, width]`` that make squared error + `BIT_PRICE` x bits least, row by row.
@@ -91,12 +97,12 @@ class TrellisTables:
             values: float32 ``[rows, width]`` in steps, of magnitudes up to `MAX_VALUE`.
         """
         indices = np.empty(values.shape, np.int32)
-        native().quantize(values, self.contexts, self.cumulative, self.offsets, self._costs, BIT_PRICE, indices)
+        native().quantize(values, *self.coder, indices)
         return indices
 
     def encode(self, indices: NDArray[np.int32], seed: int) -> bytes:
         """Code rows of indices; `decode` gives ``seed`` back, which is below `MAX_SEED`."""
-        output = bytearray(8 * indices.size + 16)  # an escape takes at most 58 bits
+        output = coder_output(indices.size)
         start = native().encode(indices, self.contexts, self.cumulative, seed, output, True)
         return bytes(memoryview(output)[start:])
 

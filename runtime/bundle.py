@@ -298,7 +298,7 @@ def open_bundle(
     manifest = parse_manifest(text, manifest_path)
     half = _choose_half(root, manifest, half)
     for entry in manifest.files[half]:
-        _check_file(root / entry.name, entry, verify)
+        check_file(root / entry.name, entry, verify)
     digest = hashlib.sha256(text).hexdigest()
     return Bundle(root, half, manifest, digest, use_installed and _is_installed(root, digest, verify))
 
@@ -320,7 +320,7 @@ def _is_installed(root: Path, manifest_sha256: str, verify: bool) -> bool:
         logger.warning("%s is of another export, processor or onnxruntime; run `isthmus install` again", folder)
         return False
     for entry in entries:
-        _check_file(folder / Path(entry.name).name, entry, verify)
+        check_file(folder / Path(entry.name).name, entry, verify)
     return True
 
 
@@ -342,7 +342,8 @@ def _choose_half(root: Path, manifest: Manifest, wanted: Half | None) -> Half:
     return half
 
 
-def _check_file(path: Path, entry: FileEntry, verify: bool) -> None:
+def check_file(path: Path, entry: FileEntry, verify: bool) -> None:
+    """Raise `BundleError` unless a file has the entry's size and, if that is to be verified, its hash."""
     if not path.is_file():
         raise BundleError(f"{path}: missing; the bundle is incomplete, copy or export it again")
     size = path.stat().st_size
@@ -371,7 +372,7 @@ def parse_manifest(text: bytes, origin: Path) -> Manifest:
             | {
                 "source": Source(**data["source"]),
                 "architecture": Architecture(**data["architecture"]),
-                "segments": tuple(map(_segment, data["segments"])),
+                "segments": tuple(map(read_segment, data["segments"])),
                 "kv": {half: KVSpec(**data["kv"][half]) for half in data["files"]},
                 "codecs": tuple(data["codecs"]),
                 "end_tokens": tuple(data["end_tokens"]),
@@ -382,5 +383,6 @@ def parse_manifest(text: bytes, origin: Path) -> Manifest:
         raise BundleError(f"{origin}: {error}; not a manifest of schema {SCHEMA}, export the bundle again") from error
 
 
-def _segment(data: dict[str, Any]) -> Segment:
+def read_segment(data: dict[str, Any]) -> Segment:
+    """A segment from its JSON form; raises `KeyError` or `TypeError` if it is none."""
     return Segment(**data | {"tensors": {name: TensorRecord(**record) for name, record in data["tensors"].items()}})

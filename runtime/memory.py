@@ -7,6 +7,7 @@ import math
 from ..devices.budget import MemoryEstimate, MemoryNeeds, StoredWeight, estimate_memory
 from ..devices.memory import machine_memory, process_memory
 from .bundle import Bundle, TensorRecord
+from .draft_bundle import Draft
 
 CODEC_TABLES = ("klt.npz", "tabq-rans.npz")
 UNPACKED_TABLES = 3  # a codec's tables in memory, by the bytes of their file
@@ -15,29 +16,40 @@ UNPACKED_TABLES = 3  # a codec's tables in memory, by the bytes of their file
 LIBRARY_MB = 20.0  # of onnxruntime's and gRPC's code that is read only when they run
 
 
-def half_memory(bundle: Bundle, positions: int, *, chunk: int, process_mb: float | None = None) -> MemoryEstimate:
+def half_memory(
+    bundle: Bundle,
+    positions: int,
+    *,
+    chunk: int,
+    process_mb: float | None = None,
+    draft: Draft | None = None,
+) -> MemoryEstimate:
     """Estimate the peak of a process with a bundle half and one session.
 
     Args:
         bundle: the half.
         positions: of the session: prompt and new tokens.
         chunk: most tokens of one step.
+        draft: that is opened with it.
         process_mb: resident before anything is loaded, libraries included; by default what this process has.
     """
     if process_mb is None:
         process_mb = (process_memory().resident_mb or 0.0) + LIBRARY_MB
     arch = bundle.manifest.architecture
     halves = bundle.with_own_back()  # the copy is opened when the server is lost
+    if draft is not None:
+        halves = (*halves, draft.bundle)
     graphs = [segment for half in halves for segment in half.segments() if segment.graph_file]
     sizes = {file.name: file.bytes for file in bundle.manifest.files[bundle.half]}
     needs = MemoryNeeds(
         graphs=tuple(tuple(map(_stored, segment.tensors.values())) for segment in graphs),
         kv_bytes=sum(
-            half.kv.cache_bytes(bundle.manifest.half_layers(half.half), positions)
+            half.kv.cache_bytes(half.manifest.half_layers(half.half), positions)
             for half in halves
             if half.segments("block")
         )
-        + (4 * arch.d_model * positions if len(halves) > 1 else 0),  # hidden states at the split, for a hand-over
+        # Hidden states at the split, for a hand-over, or until the draft has run over them.
+        + (4 * arch.d_model * positions if len(halves) > 1 else 0),
         positions=positions,
         chunk=chunk,
         d_model=arch.d_model,
@@ -59,16 +71,16 @@ def process_limit_mb(limit_mb: float | None) -> float:
     return math.inf if available is None else available.free_mb + (process_memory().resident_mb or 0.0)
 
 
-def check_session(bundle: Bundle, positions: int, *, chunk: int, limit_mb: float) -> None:
-    """Refuse a bundle half that would not fit into this process with a session of so many positions.
+def check_session(bundle: Bundle, positions: int, *, chunk: int, limit_mb: float, draft: Draft | None = None) -> None:
+    """Refuse a bundle half that would not fit into this process with a session of so many positions, and its draft.
 
     Raises:
         MemoryLimitError: with the parts, and the longest session that would fit.
     """
-    estimate = half_memory(bundle, positions, chunk=chunk)
+    estimate = half_memory(bundle, positions, chunk=chunk, draft=draft)
     if estimate.total_mb <= limit_mb:
         return
-    fitting = longest_context(bundle, chunk=chunk, limit_mb=limit_mb)
+    fitting = longest_context(bundle, chunk=chunk, limit_mb=limit_mb, draft=draft)
     if fitting:
         remedy = f"a context of {fitting} positions would fit"
     elif bundle.installed:
@@ -91,12 +103,19 @@ def kv_budget(bundle: Bundle, *, chunk: int, limit_mb: float) -> float:
     return one + (limit_mb - needs.total_mb) * 1e6
 
 
-def longest_context(bundle: Bundle, *, chunk: int, limit_mb: float, process_mb: float | None = None) -> int:
+def longest_context(
+    bundle: Bundle,
+    *,
+    chunk: int,
+    limit_mb: float,
+    process_mb: float | None = None,
+    draft: Draft | None = None,
+) -> int:
     """Most positions, up to the bundle's, with which a half fits under a limit, see `half_memory`; 0 if none do."""
     fits, too_many = 0, bundle.manifest.max_length + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        if half_memory(bundle, middle, chunk=chunk, process_mb=process_mb).total_mb <= limit_mb:
+        if half_memory(bundle, middle, chunk=chunk, process_mb=process_mb, draft=draft).total_mb <= limit_mb:
             fits = middle
         else:
             too_many = middle

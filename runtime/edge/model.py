@@ -18,6 +18,7 @@ from ...quant.codec import Codec
 from ..back import BackEngine
 from ..bundle import open_bundle
 from ..codecs import checked_level, default_codec, open_levels
+from ..draft_bundle import open_draft
 from ..memory import check_session, process_limit_mb
 from ..sampling import Sampling
 from ..segments import AbsentEmbedding, Embedding, Head, LayerStack
@@ -28,6 +29,7 @@ from .drafting import MAX_DRAFTS, DraftedTokens
 from .generate import PREFILL_CHUNK, Back, LocalBack, generate_tokens
 from .handover import REATTACH_ATTEMPTS, HandOver, MovingBack, OwnBack
 from .stream import Generation, TextStream, TokenStream
+from .trained_draft import TrainedDraft
 
 if TYPE_CHECKING:
     from ..wire.security import ChannelSecurity
@@ -112,15 +114,21 @@ class EdgeModel:
             raise RequestError(
                 f"context={context}: must lie between 2 and {manifest.max_length}, for which this bundle was exported"
             )
-        check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=process_limit_mb(memory_limit_mb))
-        self._levels = open_levels(bundle, codec or default_codec(bundle))
-        self._level = checked_level(self._levels, level)
-        self._deadline_ms = deadline_ms
-        self._bundle, self._server, self._security = bundle, server, security
-        self._controller()  # a deadline of no use is an error now
-        self._draft = self._checked_draft(draft)
+        self._server, self._deadline_ms = server, deadline_ms
         if draft_length is not None and not 1 <= draft_length <= MAX_DRAFTS:
             raise RequestError(f"draft length {draft_length}: must lie between 1 and {MAX_DRAFTS}")
+        self._draft = self._checked_draft(draft)
+        trained = open_draft(bundle) if self._draft in ("auto", "chain") else None
+        if self._draft == "chain" and trained is None:
+            raise RequestError(
+                f"draft='chain': {bundle.folder} holds no trained draft; run `isthmus distill`, or choose ngram"
+            )
+        limit_mb = process_limit_mb(memory_limit_mb)
+        check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=limit_mb, draft=trained)
+        self._levels = open_levels(bundle, codec or default_codec(bundle))
+        self._level = checked_level(self._levels, level)
+        self._bundle, self._security = bundle, security
+        self._controller()  # a deadline of no use is an error now
         self._draft_length = MAX_DRAFTS if draft_length is None else draft_length
         self._overlap = overlap
         self._pace = DraftPace()
@@ -135,6 +143,7 @@ class EdgeModel:
         self._embedding = AbsentEmbedding(bundle) if manifest.server_only else Embedding(bundle)
         self._stack = LayerStack(bundle, threads)
         self._head = Head(bundle, threads) if manifest.device_only else None
+        self._trained = TrainedDraft(trained, threads) if trained is not None else None
 
     @classmethod
     def open(
@@ -231,6 +240,14 @@ class EdgeModel:
         max_new_tokens = min(max_new_tokens, self.context - len(ids))
         capacity = len(ids) + max_new_tokens
         front = self._stack.session(capacity)  # first: if memory is short here, no session is left on the server
+        mode = self._draft if draft is None else self._checked_draft(draft)
+        if mode == "chain" and self._trained is None:
+            raise RequestError(
+                "draft='chain': the model was opened without a trained draft; open it with chain or auto"
+            )
+        trained = None
+        if self._trained is not None and mode in ("auto", "chain"):
+            trained = self._trained.session(capacity, sampling, ids)
         controller = self._controller()
         codec = self._levels[self._level] if controller is None else PacedCodec(self._levels, controller)
         back = self._back(codec, hand_over)
@@ -241,14 +258,13 @@ class EdgeModel:
             "end_tokens": self.manifest.end_tokens if end_tokens is None else end_tokens,
         }
         drafts = None
-        mode = self._draft if draft is None else self._checked_draft(draft)
         if mode != "off" and hand_over is None and self._verifies(back):
             drafted = DraftedTokens(
                 self._embedding,
                 front,
                 cast("RemoteBack", back),
                 ids,
-                trained=None,
+                trained=trained,
                 ngrams=mode in ("auto", "ngram"),
                 pace=self._pace,
                 length=self._draft_length,

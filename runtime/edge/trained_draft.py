@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import Bundle
+from ..draft_bundle import Draft
 from ..sampling import Sampler, Sampling
 from ..segments import Head, LayerStack, StackSession
 from .generate import PREFILL_CHUNK
@@ -19,19 +19,18 @@ class TrainedDraft:
     """An opened draft.
 
     Args:
-        bundle: the draft's folder as a half of one block and a head.
-        vocabulary: ``[n]`` ids of the head's rows, ascending.
+        draft: its checked files.
         threads: of onnxruntime.
     """
 
-    def __init__(self, bundle: Bundle, vocabulary: NDArray[np.int64], threads: int) -> None:
-        self.vocabulary = vocabulary
-        self._stack = LayerStack(bundle, threads)
-        self._head = Head(bundle, threads)
+    def __init__(self, draft: Draft, threads: int) -> None:
+        self._vocabulary = draft.vocabulary
+        self._stack = LayerStack(draft.bundle, threads)
+        self._head = Head(draft.bundle, threads)
 
     def session(self, capacity: int, sampling: Sampling, prompt_ids: Sequence[int]) -> DraftSession:
         """A session of at most ``capacity`` positions."""
-        sampler = Sampler(sampling, prompt_ids, self.vocabulary)
+        sampler = Sampler(sampling, prompt_ids, self._vocabulary)
         return DraftSession(self._stack.session(capacity), self._head, sampler, len(prompt_ids), sampling.temperature)
 
 

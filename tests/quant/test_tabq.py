@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+import shutil
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 
 from isthmus.errors import CodecError
 from isthmus.quant.bitpack import pack, packed_bytes
-from isthmus.quant.tabq import TabQ, _decode_many, _decode_one
+from isthmus.quant.tabq import TabQ, _decode_numpy
 
 TOKEN_BYTES = 5
 
@@ -190,7 +192,7 @@ def test_outliers_that_take_the_whole_token_leave_it_exact(d_model: int) -> None
 
 
 @given(
-    kind=st.sampled_from(NASTY_KINDS),
+    kinds=st.lists(st.sampled_from(NASTY_KINDS), min_size=1, max_size=4),
     d_model=st.sampled_from([1, 2, 7, 64, 300, 576, 2100]),
     seed=st.integers(0, 2**32 - 1),
     outliers=st.sampled_from([0, 1, 8, 255]),
@@ -198,8 +200,8 @@ def test_outliers_that_take_the_whole_token_leave_it_exact(d_model: int) -> None
     tolerance=st.sampled_from([1e-4, 0.01, 0.05, 0.2, 0.5]),
     q_range=st.sampled_from([(2, 8), (4, 4), (3, 6)]),
 )
-def test_the_way_of_one_token_makes_the_bytes_and_bits_of_the_general_way(
-    kind: str,
+def test_the_compiled_form_makes_the_bytes_and_bits_of_the_numpy_form(
+    kinds: list[str],
     d_model: int,
     seed: int,
     outliers: int,
@@ -207,14 +209,16 @@ def test_the_way_of_one_token_makes_the_bytes_and_bits_of_the_general_way(
     tolerance: float,
     q_range: tuple[int, int],
 ) -> None:
-    hidden = nasty_row(kind, d_model, seed)
+    hidden = np.concatenate([nasty_row(kind, d_model, seed + row) for row, kind in enumerate(kinds)])
     codec = TabQ(outliers, threshold, tolerance, *q_range)
-    general = codec._encode_many(hidden)
-    raw = widths(general, 1) == [0]
-    assert codec._encode_one(hidden) == (None if raw else general)
-    decoded = _decode_one(general, d_model)
-    assert (decoded is None) == raw
-    assert raw or decoded.tobytes() == _decode_many(general, 1, d_model).tobytes()
+    payload = codec._encode_numpy(hidden)
+    assert codec.encode(hidden) == payload
+    decoded = codec.decode(payload, len(kinds), d_model)
+    assert decoded.tobytes() == _decode_numpy(payload, len(kinds), d_model).tobytes()
+    compiled, reference = codec.quantize(hidden), codec._quantize_numpy(hidden)
+    assert compiled.front() == reference.front()
+    assert np.array_equal(compiled.coded, reference.coded)
+    assert np.array_equal(compiled.codes[compiled.coded], reference.codes[reference.coded])
 
 
 @given(
@@ -222,14 +226,14 @@ def test_the_way_of_one_token_makes_the_bytes_and_bits_of_the_general_way(
     d_model=st.sampled_from([1, 5, 8, 64]),
     edits=st.lists(st.tuples(st.integers(0, 2**16), st.integers(1, 255)), min_size=1, max_size=3),
 )
-def test_the_way_of_one_token_refuses_what_the_general_way_refuses(
+def test_the_compiled_form_refuses_what_the_numpy_form_refuses(
     kind: str, d_model: int, edits: list[tuple[int, int]]
 ) -> None:
     payload = bytearray(TabQ(outliers=2).encode(nasty_row(kind, d_model, 0)))
     for place, flips in edits:
         payload[place % min(len(payload), 40)] ^= flips
     try:
-        general = _decode_many(bytes(payload), 1, d_model).tobytes()
+        general = _decode_numpy(bytes(payload), 1, d_model).tobytes()
     except CodecError:
         with pytest.raises(CodecError):
             TabQ().decode(bytes(payload), 1, d_model)
@@ -307,3 +311,9 @@ def test_an_outlier_or_raw_value_that_is_not_finite_is_refused() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(CodecError, match=next(iter(options))):
         TabQ(**options)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("name", ["_native", "_tabq"])
+def test_what_can_be_compiled_was(name: str) -> None:
+    importlib.import_module(f"isthmus.quant.{name}")  # both are optional, so that an error in one is silent

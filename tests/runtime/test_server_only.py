@@ -60,7 +60,8 @@ def test_its_tokens_are_those_of_the_whole_model_on_the_device(model, alone, pro
     result = model.generate(prompt, **options)
     assert result.token_ids == alone.generate(prompt, **options).token_ids
     assert result.codec == "ids"
-    assert {(token.source, token.layers) for token in result.tokens} == {("server", 4)}
+    assert {token.layers for token in result.tokens} == {4}
+    assert {token.source for token in result.tokens} <= {"server", "ngram"}
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
@@ -82,7 +83,7 @@ def test_a_session_that_is_attached_again_goes_on_with_the_same_tokens(folder, b
 
 
 def test_a_token_costs_its_id_and_the_framing(model):
-    result = model.generate(PROMPT, max_new_tokens=8)
+    result = model.generate(PROMPT, max_new_tokens=8, draft="off")
     assert result.prefill_bytes_up < 2 * len(PROMPT) + 2 * 32
     assert {token.bytes_up for token in result.tokens[1:]} == {
         2 + 20

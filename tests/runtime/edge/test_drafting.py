@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from isthmus.errors import ProtocolError, RequestError
-from isthmus.export.export import export_bundle
 from isthmus.runtime.edge.drafting import MAX_DRAFTS
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.edge.verification import Answer
@@ -28,26 +24,17 @@ SAMPLINGS = {
     "filtered": Sampling(temperature=1.1, top_k=12, top_p=0.9, min_p=0.02, repetition_penalty=1.1, seed=2**63),
 }
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Callable[..., Path]) -> Path:
-    """A bundle whose greedy texts soon repeat themselves: the attention hardly counts."""
-    root = tmp_path_factory.mktemp("repeating")
-    checkpoint = write_checkpoint(root / "checkpoint", "llama", 1)
-    weights = load_file(checkpoint / "model.safetensors")
-    forgetful = {name: w * np.float32(0.01 if "o_proj" in name else 1) for name, w in weights.items()}
-    save_file(forgetful, checkpoint / "model.safetensors")
-    bits = dict.fromkeys(("front_bits", "back_bits", "embed_bits", "head_bits"), 4)
-    export_bundle(
-        str(checkpoint), root / "bundle", **bits, layers_per_block=2, split=2, calibration_tokens=0, max_length=256
-    )
-    return root / "bundle"
+SOURCES = {"ngram": {"server", "ngram"}, "chain": {"server", "draft"}, "auto": {"server", "ngram", "draft"}}
 
 
 @pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
-    with BackServer.from_bundle(folder / "server", threads=1, security=ServerSecurity(insecure=True)) as server:
-        yield server.address
+def folder(repeating: Path) -> Path:
+    return repeating
+
+
+@pytest.fixture(scope="module")
+def address(repeating_address: str) -> str:
+    return repeating_address
 
 
 def open_model(folder: Path, address: str, **options: Any) -> EdgeModel:
@@ -58,19 +45,21 @@ def open_model(folder: Path, address: str, **options: Any) -> EdgeModel:
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("codec", ["raw32", "tabq"])
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "wait"])
-def test_drafted_tokens_are_the_undrafted_ones(folder, address, overlap, codec, sampling):
+@pytest.mark.parametrize("draft", ["ngram", "chain", "auto"])
+def test_drafted_tokens_are_the_undrafted_ones(folder, address, eager, draft, overlap, codec, sampling):
     model = open_model(folder, address, codec=codec, overlap=overlap)
     plain = model.generate(PROMPT, max_new_tokens=100, sampling=sampling, draft="off")
-    drafted = model.generate(PROMPT, max_new_tokens=100, sampling=sampling, draft="ngram")
+    drafted = model.generate(PROMPT, max_new_tokens=100, sampling=sampling, draft=draft)
     assert drafted.token_ids == plain.token_ids
     assert drafted.text == plain.text
-    assert drafted.drafts.accepted == sum(token.source == "ngram" for token in drafted.tokens)
+    assert drafted.drafts.accepted == sum(token.source != "server" for token in drafted.tokens)
+    assert {token.source for token in drafted.tokens} <= SOURCES[draft]
     assert drafted.drafts.accepted <= drafted.drafts.drafted
     assert sum(drafted.drafts.right) == drafted.drafts.accepted
     assert {token.source for token in plain.tokens} == {"server"}
 
 
-def test_many_tokens_come_in_one_round_trip(folder, address):
+def test_many_tokens_come_in_one_round_trip(folder, address, eager):
     model = open_model(folder, address, overlap=False)
     result = model.generate(PROMPT, max_new_tokens=150, draft="ngram")
     assert result.drafts.accepted > 20
@@ -82,18 +71,22 @@ def test_many_tokens_come_in_one_round_trip(folder, address):
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 17])
-def test_no_draft_goes_beyond_the_last_token(folder, address, new_tokens):
+def test_no_draft_goes_beyond_the_last_token(folder, address, eager, new_tokens):
     model = open_model(folder, address, context=len(PROMPT) + new_tokens)
     plain = model.generate(PROMPT, draft="off")
     assert plain.new_tokens == new_tokens
-    assert model.generate(PROMPT).token_ids == plain.token_ids
+    for draft in SOURCES:
+        assert model.generate(PROMPT, draft=draft).token_ids == plain.token_ids
 
 
-def test_an_end_token_ends_a_drafted_text_as_any_other(folder, address):
+def test_an_end_token_ends_a_drafted_text_as_any_other(folder, address, eager):
     model = open_model(folder, address)
-    plain = [token.id for token in model.tokens(PROMPT, max_new_tokens=100, draft="off")]
-    for end in sorted(set(plain)):
-        stream = model.tokens(PROMPT, max_new_tokens=100, end_tokens=[end], draft="ngram")
+    stream = model.tokens(PROMPT, max_new_tokens=100, draft="off")
+    plain = [token.id for token in stream]
+    stream.close()
+    for number, end in enumerate(sorted(set(plain))):
+        draft = ("ngram", "chain", "auto")[number % 3]
+        stream = model.tokens(PROMPT, max_new_tokens=100, end_tokens=[end], draft=draft)
         try:
             assert [token.id for token in stream] == plain[: plain.index(end) + 1]
         finally:
@@ -101,7 +94,7 @@ def test_an_end_token_ends_a_drafted_text_as_any_other(folder, address):
 
 
 @pytest.mark.parametrize("length", [1, 3])
-def test_the_draft_length_bounds_the_guesses(folder, address, length):
+def test_the_draft_length_bounds_the_guesses(folder, address, eager, length):
     model = open_model(folder, address, draft_length=length, overlap=False)
     result = model.generate(PROMPT, max_new_tokens=100, draft="ngram")
     assert 0 < len(result.drafts.tried) <= length
@@ -133,7 +126,7 @@ def test_drafts_where_nothing_crosses_a_link_are_refused(tiny, folder, address):
         open_model(folder, address, draft="tree")
 
 
-def test_token_ids_are_drafted_for_a_device_without_layers(tiny):
+def test_token_ids_are_drafted_for_a_device_without_layers(tiny, eager):
     folder = tiny.bundle(bits=4, split=0, max_length=256)
     with BackServer.from_bundle(folder / "server", threads=1, security=ServerSecurity(insecure=True)) as server:
         model = open_model(folder, server.address, codec="ids")
@@ -144,7 +137,7 @@ def test_token_ids_are_drafted_for_a_device_without_layers(tiny):
 
 
 @pytest.mark.parametrize("forged", ["skipped", "invented"])
-def test_a_server_that_is_wrong_about_what_follows_is_found_out(folder, address, monkeypatch, forged):
+def test_a_server_that_is_wrong_about_what_follows_is_found_out(folder, address, eager, monkeypatch, forged):
     from isthmus.runtime.edge.link import RemoteBack
 
     collect = RemoteBack.collect
@@ -163,11 +156,11 @@ def test_a_server_that_is_wrong_about_what_follows_is_found_out(folder, address,
             model.generate(PROMPT, max_new_tokens=60, draft="ngram", sampling=Sampling(temperature=0.3, seed=seed))
 
 
-def test_a_cut_link_changes_no_drafted_token(folder, address, make_proxy):
+def test_a_cut_link_changes_no_drafted_token(folder, address, eager, make_proxy):
     expected = open_model(folder, address).generate(PROMPT, max_new_tokens=120, draft="off").token_ids
     proxy = make_proxy(address)
     model = open_model(folder, proxy.address)
-    with model.stream(PROMPT, max_new_tokens=120, draft="ngram") as stream:
+    with model.stream(PROMPT, max_new_tokens=120) as stream:
         for number, _ in enumerate(stream):
             if number in (3, 20, 60):
                 proxy.cut()

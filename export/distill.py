@@ -1,0 +1,268 @@
+"""Distillation: from an exported bundle to a draft in its device half.
+
+Data first, then training; both leave what they did in a work folder, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from ..errors import ExportError
+from ..runtime.bundle import Manifest, open_bundle
+from ..runtime.draft_bundle import DraftRecord
+from .calibration import document_start, render_chat, self_written_windows
+from .checkpoint import Checkpoint, TokenizerFiles, open_checkpoint
+from .conversations import WINDOW, ChatFormat, Conversations, Writer
+from .families import family_of
+from .families.common import EMBEDDING, FINAL_NORM, HEAD
+from .progress import Progress, silent
+from .prompts import default_prompts, read_prompts
+from .sources import resolve_model
+
+if TYPE_CHECKING:
+    from .draft_training import TrainingState
+
+logger = logging.getLogger(__name__)
+
+MINUTES = 60.0
+GROUPS = 24  # of conversations, 32,768 tokens each, one of them held out
+VOCABULARY = 4608
+D_FF_SHARE = 2 / 3  # of the model's own: with the default vocabulary a draft then takes a seventh of ten layers' time
+LEAST_GROUPS = 2
+PASSAGES = 64
+
+_PROMPT, _ANSWER = "\u2021prompt\u2021", "\u2021answer\u2021"  # stand for themselves in a rendered template
+
+
+def distill(
+    out: str | Path,
+    *,
+    model: str | None = None,
+    prompts: str | Path | None = None,
+    minutes: float = MINUTES,
+    groups: int = GROUPS,
+    vocabulary: int = VOCABULARY,
+    seed: int = 0,
+    resume: bool = False,
+    work: str | Path | None = None,
+    cache: str | Path | None = None,
+    offline: bool = False,
+    progress: Progress = silent,
+) -> DraftRecord:
+    """Train a draft for a bundle and write it to ``out/device/draft``.
+
+    Args:
+        out: a bundle, or its device half, that is split.
+        model: the checkpoint that it was exported from; by default what the manifest names.
+        prompts: a file with a prompt a line; by default those that come with the package.
+        minutes: of training, at most.
+        groups: of conversations that the model writes first, 32,768 tokens each.
+        vocabulary: ids that can be drafted, those that the model writes most.
+        seed: of prompts, sampling and training.
+        resume: go on with what is in the work folder.
+        work: folder for conversations and training; by default ``out/distill``.
+        cache: of downloaded models.
+        offline: use models on this machine only.
+        progress: called as the work goes on.
+
+    Raises:
+        ExportError: options out of range, the bundle has no split, another model was given, or too few prompts.
+        BundleError: no bundle there.
+        ModelError: the checkpoint cannot be read.
+    """
+    bundle = open_bundle(out, "device")
+    manifest = bundle.manifest
+    if not 0 < manifest.split < manifest.architecture.layers:
+        raise ExportError(f"{out}: nothing to draft for, its split is {manifest.split}; export with one in between")
+    if not 0 < minutes < 100_000:
+        raise ExportError(f"minutes={minutes}: must be above 0")
+    if groups < LEAST_GROUPS:
+        raise ExportError(f"groups={groups}: must be at least {LEAST_GROUPS}, one of them to measure on")
+    if not 16 <= vocabulary <= manifest.architecture.vocab_size:
+        raise ExportError(
+            f"vocabulary={vocabulary}: must lie between 16 and the model's {manifest.architecture.vocab_size}"
+        )
+    cache_folder = Path(cache) if cache else None
+    checkpoint = open_checkpoint(
+        resolve_model(model or manifest.source.name, cache=cache_folder, offline=offline, progress=progress)
+    )
+    if checkpoint.file_hashes() != manifest.source.files:
+        raise ExportError(f"{checkpoint.name}: not the model that {out} was exported from, {manifest.source.name}")
+    family = family_of(checkpoint.config)
+    folder = Path(work) if work else bundle.folder.parent / "distill"
+    _begin(folder, resume, {"manifest": bundle.manifest_sha256, "prompts": str(prompts or ""), "seed": seed})
+
+    given = None if prompts is None else read_prompts(Path(prompts))
+    texts = _conversations(folder, checkpoint, family, manifest, given, groups, seed, cache_folder, progress)
+    state, ids = _train(folder, checkpoint, family, manifest, texts, vocabulary, minutes, seed, progress)
+    from .draft_segment import write_draft
+
+    training = {
+        "agreement": state.agreement,
+        "curve": [list(point) for point in state.curve],
+        "groups": groups,
+        "minutes": state.seconds / 60,
+        "prompts": str(prompts or "shipped"),
+        "seed": seed,
+        "steps": state.step,
+        "tokens": int(sum(text.written.sum() for text in texts[1:])),
+    }
+    return write_draft(bundle.folder, manifest, state.best, ids, training)
+
+
+def chat_format(tokenizer: TokenizerFiles) -> ChatFormat:
+    """How a model's conversations are laid out; prompts follow each other as documents if it has no chat template."""
+    backend = Tokenizer.from_str(tokenizer.tokenizer_json)
+
+    def ids(text: str) -> list[int]:
+        return list(backend.encode(text, add_special_tokens=False).ids)
+
+    user = {"role": "user", "content": _PROMPT}
+    answer = {"role": "assistant", "content": _ANSWER}
+    try:
+        first = render_chat(tokenizer, [user], add_generation_prompt=True)
+        both = render_chat(tokenizer, [user, answer, user], add_generation_prompt=True)
+        opening, to_answer = first.split(_PROMPT)
+        to_prompt = both.split(_ANSWER)[1].split(_PROMPT)[0]
+    # A template is a program: what it does to values of the wrong type ends in Python's own errors.
+    except (TemplateError, TypeError, ValueError, ArithmeticError, IndexError) as error:
+        logger.warning("no chat template that can be used (%s): the model goes on with prompts as plain text", error)
+        start = [document_start(tokenizer)]
+        return ChatFormat(start, [], start, tokenizer.end_tokens)
+    return ChatFormat(ids(opening), ids(to_answer), ids(to_prompt), tokenizer.end_tokens)
+
+
+def _begin(folder: Path, resume: bool, settings: dict[str, Any]) -> None:
+    """Make the work folder, or see that what is in it is of the same run."""
+    path = folder / "settings.json"
+    if path.exists():
+        if not resume:
+            raise ExportError(f"{folder} holds an earlier run; go on with it (--resume), or remove it")
+        if json.loads(path.read_text(encoding="utf-8")) != settings:
+            raise ExportError(f"{folder} holds a run with other bundle, prompts or seed; remove it")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings), encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"{folder}: {error.strerror or error}; choose another work folder") from error
+
+
+def _conversations(
+    folder: Path,
+    checkpoint: Checkpoint,
+    family: ModuleType,
+    manifest: Manifest,
+    given: Sequence[str] | None,
+    groups: int,
+    seed: int,
+    cache: Path | None,
+    progress: Progress,
+) -> list[Conversations]:
+    """Groups of conversations, those that are there already read and the others written."""
+    paths = [folder / f"conversations-{group:03d}.npz" for group in range(groups)]
+    if not all(path.exists() for path in paths):
+        tokenizer = checkpoint.tokenizer()
+        backend, chat = Tokenizer.from_str(tokenizer.tokenizer_json), chat_format(tokenizer)
+        windows = self_written_windows(checkpoint, family, manifest.architecture, cache=cache, progress=progress)
+        with tempfile.TemporaryDirectory() as graphs:
+            writer = Writer(Path(graphs), checkpoint, family, manifest)
+            for group, path in enumerate(paths):
+                if path.exists():
+                    continue
+                rng = np.random.default_rng([seed, group])
+                texts = given_prompts(given, rng) if given else default_prompts(_passages(windows, backend, rng), rng)
+                encoded = (backend.encode(text, add_special_tokens=False).ids for text in texts)
+                fitting = (ids for ids in encoded if len(ids) < WINDOW // 2)
+
+                def told(what: str, done: int, total: int, group: int = group) -> None:
+                    progress(what, group * total + done, groups * total)
+
+                writer.write(chat, fitting, rng, told).save(path)
+    return [Conversations.load(path) for path in paths]
+
+
+def given_prompts(prompts: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
+    """Prompts without end, each time around in another order."""
+    while True:
+        for index in rng.permutation(len(prompts)):
+            yield prompts[index]
+
+
+def _passages(windows: Sequence[Sequence[int]], backend: Tokenizer, rng: np.random.Generator) -> list[str]:
+    """Pieces of text that the model wrote itself, for prompts that ask about one."""
+    passages = []
+    for index in rng.integers(len(windows), size=PASSAGES):
+        window = windows[index]
+        first = int(rng.integers(1, max(2, len(window) - 200)))
+        passages.append(backend.decode(list(window[first : first + int(rng.integers(60, 160))])).strip())
+    return [passage for passage in passages if passage]
+
+
+def _train(
+    folder: Path,
+    checkpoint: Checkpoint,
+    family: ModuleType,
+    manifest: Manifest,
+    texts: Sequence[Conversations],
+    vocabulary: int,
+    minutes: float,
+    seed: int,
+    progress: Progress,
+) -> tuple[TrainingState, NDArray[np.int64]]:
+    """Train on all groups but the first, which is measured on; the state, and the draft's ids."""
+    import torch
+
+    from ..devices.backend import default_threads
+    from .draft_model import DraftModel, DraftShape, initial_weights, load_weights
+    from .draft_training import Teacher, train
+
+    arch = manifest.architecture
+    held_out, *texts = texts
+    ids = most_used(texts, arch.vocab_size, vocabulary)
+    norm = checkpoint.tensor(FINAL_NORM)
+    head = checkpoint.tensor(EMBEDDING if arch.tied_embeddings else HEAD)[ids]
+    d_ff = -(-round(D_FF_SHARE * arch.d_ff) // 32) * 32
+    shape = DraftShape(arch, d_ff, len(ids))
+    down = checkpoint.tensor(family.tensors(arch, arch.layers - 1).down)
+    torch.set_num_threads(default_threads())
+    torch.manual_seed(seed)
+    model = DraftModel(shape, WINDOW)
+    use = np.linalg.norm(down, axis=0)
+    load_weights(model, initial_weights(checkpoint, family, shape, ids, square_map(texts), use))
+    teacher = Teacher(norm, arch.norm_epsilon, head, ids)
+    state = train(
+        model, teacher, texts, held_out, minutes=minutes, seed=seed, keep=folder / "training.pt", progress=progress
+    )
+    return state, ids
+
+
+def most_used(texts: Sequence[Conversations], vocab_size: int, count: int) -> NDArray[np.int64]:
+    """The ids that the model chose most often, rising; the lowest of those that it never did, if there are too few."""
+    counts = np.zeros(vocab_size, np.int64)
+    for text in texts:
+        np.add.at(counts, text.ids[text.written], 1)
+    return np.sort(np.argsort(-counts, kind="stable")[:count])
+
+
+def square_map(texts: Sequence[Conversations], damping: float = 1e-3) -> NDArray[np.float32]:
+    """The linear map ``[d_model, d_model]`` from hidden states at the split to final features, by ridge regression."""
+    sample = texts[:3]
+    # The first positions are attention sinks, larger than all others together.
+    inputs = np.concatenate([text.hidden[:, 4::7].reshape(-1, text.hidden.shape[-1]) for text in sample]).astype(float)
+    outputs = np.concatenate([text.final[:, 4::7].reshape(-1, text.final.shape[-1]) for text in sample]).astype(float)
+    moments = inputs.T @ inputs
+    moments += damping * np.trace(moments) / len(moments) * np.eye(len(moments))
+    solved: NDArray[np.float32] = np.linalg.solve(moments, inputs.T @ outputs).T.astype(np.float32)
+    return solved

@@ -1,0 +1,77 @@
+"""Trained drafts that come with the package, and how they are stored: as the packed weights that a bundle gets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..quant.grids import quantize
+from ..quant.nbits import PackedWeight, dequantize
+from .draft_segment import BLOCK_SIZE, HEAD_BITS, LAYER_BITS
+
+Floats = NDArray[np.float32]
+
+_FOLDER = Path(__file__).parent / "drafts"
+
+# By the SHA-256 of the checkpoint's files, and the split.
+_SHIPPED = {
+    ("b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 10): "smollm2-135m-instruct-split10.npz",
+}
+
+
+class StoredDraft(NamedTuple):
+    """What `isthmus.export.draft_segment.write_draft` takes."""
+
+    weights: dict[str, Floats]
+    vocabulary: NDArray[np.int64]
+    training: dict[str, Any]
+
+
+def shipped_draft(files: Mapping[str, str], split: int) -> StoredDraft | None:
+    """The draft that comes with the package for a checkpoint's files and a split, if there is one."""
+    if len(files) != 1:
+        return None
+    name = _SHIPPED.get((next(iter(files.values())), split))
+    return None if name is None else load_draft(_FOLDER / name)
+
+
+def save_draft(path: Path, draft: StoredDraft) -> None:
+    """Store a draft: matrices packed as a bundle will hold them, so that nothing is rounded twice."""
+    arrays: dict[str, Any] = {
+        "vocabulary": draft.vocabulary.astype(np.uint32),
+        "training": np.frombuffer(json.dumps(draft.training).encode(), np.uint8),
+    }
+    for name, weight in draft.weights.items():
+        if weight.ndim == 1:
+            arrays[name] = weight
+            continue
+        packed = quantize(weight, _bits(name), BLOCK_SIZE, "rtn", symmetric=True)
+        arrays[f"{name}.codes"], arrays[f"{name}.scales"] = packed.codes, packed.scales
+        arrays[f"{name}.columns"] = packed.columns
+    np.savez(path, **arrays)
+
+
+def load_draft(path: Path) -> StoredDraft:
+    """Read what `save_draft` stored."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    vocabulary = arrays.pop("vocabulary").astype(np.int64)
+    training = json.loads(arrays.pop("training").tobytes())
+    weights: dict[str, Floats] = {}
+    for key, array in arrays.items():
+        name, _, part = key.partition(".")
+        if not part:
+            weights[name] = array
+        elif part == "codes":
+            scales, columns = arrays[f"{name}.scales"], int(arrays[f"{name}.columns"])
+            weights[name] = dequantize(PackedWeight(array, scales, columns, _bits(name), BLOCK_SIZE))
+    return StoredDraft(weights, vocabulary, training)
+
+
+def _bits(name: str) -> int:
+    return HEAD_BITS if name == "head" else LAYER_BITS
