@@ -38,11 +38,21 @@ class ChannelSecurity:
             LinkError: the address has another form.
             SecurityError: the CA file is missing or holds no certificate.
         """
-        host, _ = split_address(address)
-        if self.insecure:
+        credentials = self._credentials(address)
+        if credentials is None:
             return grpc.insecure_channel(address, CLIENT_OPTIONS)
-        credentials = grpc.ssl_channel_credentials(self._roots(host))
         return grpc.secure_channel(address, credentials, CLIENT_OPTIONS)
+
+    def aio_channel(self, address: str) -> grpc.aio.Channel:
+        """The same for an event loop, which must run."""
+        credentials = self._credentials(address)
+        if credentials is None:
+            return grpc.aio.insecure_channel(address, CLIENT_OPTIONS)
+        return grpc.aio.secure_channel(address, credentials, CLIENT_OPTIONS)
+
+    def _credentials(self, address: str) -> grpc.ChannelCredentials | None:
+        host, _ = split_address(address)
+        return None if self.insecure else grpc.ssl_channel_credentials(self._roots(host))
 
     def _roots(self, host: str) -> bytes | None:
         if self.ca_file is not None:
