@@ -39,8 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--sessions",
         type=int,
         metavar="N",
-        help="load the server instead: record generations of --prompt-tokens (default then 16) and --new-tokens (64), and "
-        "replay them from N sessions at once",
+        help="load the server instead: record generations of --prompt-tokens (default then 16) and --new-tokens (64), "
+        "and replay them from N sessions at once",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_draft_options(parser)

@@ -7,9 +7,9 @@ the tokens and one dummy row, whose keys and values land one row beyond the vali
 overwrites them; the cache keeps a spare row for that. Where products of an odd row differ, too, in float and at some
 packed precisions, a block carries one or two dummy rows all the way through, so that their number is even.
 
-A server's block has a second graph over the same weights, the `RAGGED` variant, in which sequences advance together, each
-by rows of its own number over a past of its own length. The rows of all lie packed in one matrix; only the attention
-sees them by sequence, padded to the longest, with a dummy row behind each sequence's own.
+A server's block has a second graph over the same weights, the `RAGGED` variant, in which sequences advance together,
+each by rows of its own number over a past of its own length. The rows of all lie packed in one matrix; only the
+attention sees them by sequence, padded to the longest, with a dummy row behind each sequence's own.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class SegmentBuilder:
         return self._first(attended, self._whole("minus_one", -1))
 
     def rows_by_sequence(self, qkv: str) -> str:
-        """Packed rows ``[1, rows, width]`` laid out as ``[sequences, queries, width]``, padding and dummies included."""
+        """Packed rows ``[1, rows, width]`` as ``[sequences, queries, width]``, padding and dummies included."""
         width = (self.arch.heads + 2 * self.arch.kv_heads) * self.arch.head_dim
         rows = self._unstack(qkv, width)
         return self.writer.shape(
@@ -239,10 +239,10 @@ def build_block(
 
     In the ragged variant ``hidden`` and ``hidden_out`` hold the rows of all sequences, one sequence after the other
     (``[1, rows, d_model]``), ``seqlens_k`` and the caches have ``sequences`` in place of 1, and
-    ``total_sequence_length`` is the greatest of all. Further inputs: ``query_seqlens`` int32 ``[sequences]``, the number
-    of each sequence's rows with the dummy counted, 0 for a sequence that rests; ``packed_rows`` int64
-    ``[sequences, queries]``, which row of ``hidden`` stands at each place of the padded layout (any may stand for a dummy or
-    padding); ``padded_rows`` int64 ``[1, rows]``, the flattened place of each row of ``hidden``.
+    ``total_sequence_length`` is the greatest of all. Further inputs: ``query_seqlens`` int32 ``[sequences]``, the
+    number of each sequence's rows with the dummy counted, 0 for a sequence that rests; ``packed_rows`` int64
+    ``[sequences, queries]``, which row of ``hidden`` stands at each place of the padded layout (any may stand for a
+    dummy or padding); ``padded_rows`` int64 ``[1, rows]``, the flattened place of each row of ``hidden``.
 
     Args:
         builder: of the segment.
@@ -335,6 +335,7 @@ def _attention(builder: SegmentBuilder, layer: int, qkv: str, kv_scales: KVScale
             writer.weight(f"layers.{layer}.key_scale", kv_scales.key.reshape(shape)),
             writer.weight(f"layers.{layer}.value_scale", kv_scales.value.reshape(shape)),
         ]
+
     def attend(rows: str, *query_seqlens: str) -> str:
         inputs = [
             *(rows, "", "", f"past_key.{layer}", f"past_value.{layer}"),

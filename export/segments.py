@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,8 +78,15 @@ class SegmentWriter:
         kv = KVSpec(self.recipe.kv_bits(layers.start), self.arch.kv_heads, self.arch.head_dim)
         build_block(builder, names, self.max_length, kv, self.kv_scales)
         bits = self.recipe.layer_bits(layers.start)
-        segment = self._segment("block", half, bits, builder, first_layer=layers.start, last_layer=layers.stop)
-        return replace(segment, ragged_graph_file=writer.variant_path(RAGGED).name) if ragged else segment
+        return self._segment(
+            "block",
+            half,
+            bits,
+            builder,
+            first_layer=layers.start,
+            last_layer=layers.stop,
+            ragged_graph_file=writer.variant_path(RAGGED).name if ragged else "",
+        )
 
     def _head(self) -> Segment:
         half: Half = "device" if self.recipe.split == self.recipe.layers else "server"
@@ -139,7 +146,7 @@ class SegmentWriter:
         table = np.ascontiguousarray(self.weights.read([EMBEDDING]), dtype)
         return [table], TensorRecord(precision.bits, 0, "float", True, table.nbytes)
 
-    def _segment(self, kind: Any, half: Half, bits: int, builder: SegmentBuilder, **fields: int) -> Segment:
+    def _segment(self, kind: Any, half: Half, bits: int, builder: SegmentBuilder, **fields: Any) -> Segment:
         writer = builder.writer
         return Segment(
             name=writer.graph_path.stem,

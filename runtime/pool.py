@@ -19,9 +19,9 @@ Planes = dict[tuple[str, int], NDArray[Any]]
 class KVPool:
     """Slots for sessions: of each layer's keys and of its values ``[slots, kv_heads, rows, row_width]``.
 
-    The attention wants one number of rows for all sequences of a batch, so every slot has as many as the longest session
-    may need. That costs address space, not memory: a page is there once a position on it was written, and gone again
-    when its session ends. The slots in use are the first ones: a freed slot is filled by moving the last session.
+    The attention wants one number of rows for all sequences of a batch, so every slot has as many as the longest
+    session may need. That costs address space, not memory: a page is there once a position on it was written, and gone
+    again when its session ends. The slots in use are the first ones: a freed slot is filled by moving the last session.
 
     Args:
         layers: whose keys and values these are.

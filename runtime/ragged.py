@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -46,10 +47,18 @@ class _Lane:
     hidden: list[NDArray[np.float32]]  # the blocks alternate between two
     seqlens_k: NDArray[np.int32]
     query_seqlens: NDArray[np.int32]
-    total: NDArray[np.int32]
+    total_sequence_length: NDArray[np.int32]
     packed_rows: NDArray[np.int64]
     padded_rows: NDArray[np.int64]
     runs: list[tuple[Graph, ort.IOBinding]]
+
+    @property
+    def inputs(self) -> dict[str, NDArray[Any]]:
+        """All but the hidden states and the caches, by the graph's names."""
+        return {
+            name: getattr(self, name)
+            for name in ("seqlens_k", "query_seqlens", "total_sequence_length", "packed_rows", "padded_rows")
+        }
 
 
 class RaggedStack:
@@ -119,7 +128,7 @@ class RaggedStack:
             lane.seqlens_k[at] = cache.length + count
             lane.packed_rows[at, :count] = np.arange(end - count, end)
             lane.padded_rows[0, rows] = np.arange(at * queries, at * queries + count)
-        lane.total[...] = lane.seqlens_k.max() + 1
+        lane.total_sequence_length[...] = lane.seqlens_k.max() + 1
         for graph, binding in lane.runs:
             graph.run_bound(binding)
         for (cache, _), count in zip(parts, counts, strict=True):
@@ -137,39 +146,32 @@ class RaggedStack:
         return lane
 
     def _bind(self, first: int, last: int, rows: int, queries: int) -> _Lane:
-        hidden = [np.zeros((1, rows, self._d_model), np.float32) for _ in range(2)]
-        inputs = {
-            "seqlens_k": np.zeros(last - first, np.int32),
-            "query_seqlens": np.zeros(last - first, np.int32),
-            "total_sequence_length": np.zeros((), np.int32),
-            "packed_rows": np.zeros((last - first, queries), np.int64),
-            "padded_rows": np.zeros((1, rows), np.int64),
-        }
-        values = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in hidden]
-        bound = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
+        sequences = last - first
+        lane = _Lane(
+            hidden=[np.zeros((1, rows, self._d_model), np.float32) for _ in range(2)],
+            seqlens_k=np.zeros(sequences, np.int32),
+            query_seqlens=np.zeros(sequences, np.int32),
+            total_sequence_length=np.zeros((), np.int32),
+            packed_rows=np.zeros((sequences, queries), np.int64),
+            padded_rows=np.zeros((1, rows), np.int64),
+            runs=[],
+        )
+        hidden = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in lane.hidden]
+        inputs = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in lane.inputs.items()}
         caches = self.pool.view(first, last)
-        runs = []
         for index, (segment, graph) in enumerate(self._blocks):
             binding = graph.binding()
-            binding.bind_ortvalue_input("hidden", values[index % 2])
-            binding.bind_ortvalue_output("hidden_out", values[(index + 1) % 2])
-            for name, value in bound.items():
+            binding.bind_ortvalue_input("hidden", hidden[index % 2])
+            binding.bind_ortvalue_output("hidden_out", hidden[(index + 1) % 2])
+            for name, value in inputs.items():
                 binding.bind_ortvalue_input(name, value)
             for (side, layer), array in caches.items():
                 if segment.first_layer <= layer < segment.last_layer:
                     value = ort.OrtValue.ortvalue_from_numpy(array)
                     binding.bind_ortvalue_input(f"past_{side}.{layer}", value)
                     binding.bind_ortvalue_output(f"present_{side}.{layer}", value)
-            runs.append((graph, binding))
-        return _Lane(
-            hidden,
-            inputs["seqlens_k"],
-            inputs["query_seqlens"],
-            inputs["total_sequence_length"],
-            inputs["packed_rows"],
-            inputs["padded_rows"],
-            runs,
-        )
+            lane.runs.append((graph, binding))
+        return lane
 
 
 class RaggedSession:

@@ -134,7 +134,7 @@ class KVCache:
         if not 0 <= first <= last <= self.length:
             raise RequestError(f"keys and values of positions {first} to {last}: must lie between 0 and {self.length}")
         parts = np.stack([array[0, :, first:last] for array in self.arrays.values()])
-        return parts.reshape(-1, 2, *parts.shape[1:])
+        return parts.reshape(len(self.arrays) // 2, 2, *parts.shape[1:])
 
     def append(self, rows: NDArray[Any]) -> None:
         """Append the keys and values of further positions, shaped and stored like `rows`.
@@ -145,7 +145,7 @@ class KVCache:
         last = self.length + rows.shape[3]
         if last > self.capacity:
             raise RequestError(f"{last} positions: this session was opened for {self.capacity}")
-        for array, part in zip(self.arrays.values(), rows.reshape(-1, *rows.shape[2:]), strict=True):
+        for array, part in zip(self.arrays.values(), rows.reshape(len(self.arrays), *rows.shape[2:]), strict=True):
             array[0, :, self.length : last] = part
         self.length = last
 

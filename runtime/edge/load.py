@@ -220,10 +220,9 @@ async def _replay_all(
     clients = [_Client(recording, server, hello, security) for recording in recordings]
     try:
         await asyncio.gather(*(client.open() for client in clients))
-        started, done = perf_counter(), 0
-        for replaying in asyncio.as_completed([client.replay() for client in clients]):
+        started = perf_counter()
+        for done, replaying in enumerate(asyncio.as_completed([client.replay() for client in clients]), 1):
             await replaying
-            done += 1
             progress("sessions", done, len(clients))
         return perf_counter() - started, [client.seen for client in clients]
     finally:
@@ -238,7 +237,7 @@ class _Client:
         self._recording = recording
         self._hello = hello
         self._channel = security.aio_channel(server)
-        self._stream: Any = self._channel.stream_stream(SESSION_PATH)()
+        self._stream: Any = self._channel.stream_stream(SESSION_PATH, None, None)(None)
 
     async def open(self) -> None:
         """Greet, and open the session."""
@@ -254,7 +253,7 @@ class _Client:
         if self.seen.error is None:
             await self._guarded(self._end)
         self._stream.cancel()
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def _guarded(self, act: Callable[[], Any]) -> None:
         try:
@@ -292,7 +291,7 @@ class _Client:
 
     async def _answer(self) -> pb.ServerMessage:
         data = await asyncio.wait_for(self._stream.read(), _ANSWER_TIMEOUT_S)
-        if data is grpc.aio.EOF:
+        if not isinstance(data, bytes):
             raise LinkError("the server ended the stream")
         message = parse_server_message(data)
         if message.HasField("fault"):

@@ -51,8 +51,10 @@ class Batcher:
         (self._short if work.remaining <= SHORT_ROWS else self._long).append(work)
 
     def run(self) -> list[tuple[Work, pb.ServerMessage | Exception]]:
-        """Run once; of the steps that came to their end, the answer or why there is none."""
+        """Run once, if there is a step; of those that came to their end, the answer or why there is none."""
         works = self._choose()
+        if not works:
+            return []
         failures = self._advance(works)
         ended: list[tuple[Work, pb.ServerMessage | Exception]] = []
         for work, failure in zip(works, failures, strict=True):

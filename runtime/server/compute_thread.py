@@ -71,12 +71,15 @@ class ComputeThread:
     def _work(self) -> None:
         while not self._stopping or self._batcher or self._waiting:
             self._take_jobs()
-            if self._batcher:
-                for work, outcome in self._batcher.run():
-                    answer = self._answers.pop(work.session)
-                    failed = isinstance(outcome, Exception)
-                    _tell(answer, None if failed else outcome, outcome if failed else None)
-                work = outcome = answer = None  # the wait for the next job must not keep a closed session's KV
+            self._run_batch()
+
+    def _run_batch(self) -> None:
+        for work, outcome in self._batcher.run():
+            answer = self._answers.pop(work.session)
+            if isinstance(outcome, Exception):
+                _tell(answer, None, outcome)
+            else:
+                _tell(answer, outcome, None)
 
     def _take_jobs(self) -> None:
         """Do what has arrived, and take steps in hand; waits for a job if there is nothing to do."""
