@@ -17,7 +17,9 @@ import pytest
 from isthmus.export.catalog import pull
 from isthmus.export.export import export_bundle
 from isthmus.runtime.bundle import Manifest, open_bundle
+from isthmus.runtime.edge.load import record, replay
 from isthmus.runtime.edge.model import EdgeModel
+from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
 
@@ -107,6 +109,21 @@ def test_every_split_over_the_wire_generates_what_the_unsplit_model_generates(
     with BackServer.from_bundle(folder / "server", "127.0.0.1:0", security=plaintext) as server:
         security = ChannelSecurity(insecure=True)
         assert greedy(EdgeModel(folder, server=server.address, security=security, codec="raw32"), prompts) == expected
+
+
+def test_sessions_together_get_the_tokens_of_sessions_in_turn(mixed: Path) -> None:
+    security = ChannelSecurity(insecure=True)
+    plaintext = ServerSecurity(insecure=True)
+    one_at_a_time = ServerLimits(max_batch=1)
+    with BackServer.from_bundle(mixed / "server", security=plaintext, limits=one_at_a_time) as server:
+        recordings = record(
+            mixed / "device", server.address, prompt_tokens=(1, 7, 40, 150), new_tokens=NEW_TOKENS, security=security
+        )
+    with BackServer.from_bundle(mixed / "server", security=plaintext) as server:
+        for sessions in (5, 24):
+            report = replay(recordings, server.address, sessions=sessions, security=security)
+            assert report.identical
+            assert report.to_dict()["finished"] == sessions
 
 
 def test_a_long_generation_ends_just_above_its_predicted_peak_and_is_refused_below_it(mixed: Path) -> None:

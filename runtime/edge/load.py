@@ -18,7 +18,7 @@ import numpy as np
 
 from ...devices.backend import default_threads
 from ...errors import LinkError, RequestError
-from ..bundle import Bundle, open_bundle
+from ..bundle import open_bundle
 from ..codecs import default_codec, open_codec
 from ..sampling import Sampling
 from ..segments import AbsentEmbedding, Embedding, LayerStack
@@ -43,6 +43,16 @@ class Recording:
 
     capacity: int
     exchanges: tuple[tuple[tuple[bytes, ...], int], ...]
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """Generations with the same number of new tokens, and the greeting that goes before them."""
+
+    hello: bytes
+    prompt_tokens: tuple[int, ...]
+    new_tokens: int
+    generations: tuple[Recording, ...]
 
 
 @dataclass
@@ -127,28 +137,79 @@ def load_test(
     threads: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> LoadReport:
-    """Record generations with a bundle's front, each alone, and replay them from many sessions at once.
+    """Record generations and replay them on the same server, see `record` and `replay`."""
+    if sessions < 1:
+        raise RequestError(f"sessions {sessions}: must be at least 1")
+    recordings = record(
+        folder,
+        server,
+        new_tokens=new_tokens,
+        prompt_tokens=prompt_tokens,
+        codec=codec,
+        security=security,
+        threads=threads,
+        progress=progress,
+    )
+    return replay(recordings, server, sessions=sessions, security=security, progress=progress)
+
+
+def record(
+    folder: str | Path,
+    server: str,
+    *,
+    new_tokens: int = 64,
+    prompt_tokens: Sequence[int] = (16,),
+    codec: str | None = None,
+    security: ChannelSecurity | None = None,
+    threads: int | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Recordings:
+    """Record generations with a bundle's front, one after the other.
 
     Args:
         folder: ``OUT/device``.
         server: ``HOST:PORT`` of its server half.
-        sessions: at once.
-        new_tokens: of each session.
-        prompt_tokens: lengths of the recorded prompts, which are random ids; taken in turns.
+        new_tokens: of each.
+        prompt_tokens: lengths of the prompts, which are random ids; taken in turns.
         codec: what hidden states are sent in; see `isthmus.runtime.edge.model.EdgeModel`.
         security: how to reach the server.
         threads: of the front.
-        progress: called as recordings and sessions are done.
+        progress: called as recordings are done.
 
     Raises:
         RequestError: a number is out of range.
-        LinkError: the server cannot be reached, or refused the recording.
+        LinkError: the server cannot be reached, or refuses.
     """
     bundle = open_bundle(folder, "device")
-    if bundle.manifest.device_only:
+    manifest = bundle.manifest
+    if manifest.device_only:
         raise RequestError("sessions of a bundle that runs wholly on the device: there is no server to load")
-    longest = bundle.manifest.max_length
-    for name, value in (("sessions", sessions), ("new tokens", new_tokens), *(("prompt", n) for n in prompt_tokens)):
+    _check_lengths(prompt_tokens, new_tokens, manifest.max_length)
+    codec = codec or default_codec(bundle)
+    embedding = AbsentEmbedding(bundle) if manifest.server_only else Embedding(bundle)
+    stack = LayerStack(bundle, default_threads() if threads is None else threads)
+    count = max(RECORDINGS, len(prompt_tokens))
+    generations = []
+    for number in range(count):
+        progress("recording", number, count)
+        length = prompt_tokens[number % len(prompt_tokens)]
+        ids = np.random.default_rng(number).integers(manifest.architecture.vocab_size, size=length).tolist()
+        link = _Recorder(
+            server,
+            manifest_sha256=bundle.manifest_sha256,
+            split=manifest.split,
+            d_model=manifest.architecture.d_model,
+            codec=open_codec(bundle, codec),
+            security=security if security is not None else ChannelSecurity(),
+        )
+        generations.append(_record_one(embedding, stack, link, ids, new_tokens))
+    progress("recorded", count, count)
+    hello = hello_message(bundle.manifest_sha256, manifest.split, codec)
+    return Recordings(hello, tuple(prompt_tokens), new_tokens, tuple(generations))
+
+
+def _check_lengths(prompt_tokens: Sequence[int], new_tokens: int, longest: int) -> None:
+    for name, value in (("new tokens", new_tokens), *(("prompt", length) for length in prompt_tokens)):
         if value < 1:
             raise RequestError(f"{name} {value}: must be at least 1")
     if not prompt_tokens or max(prompt_tokens) + new_tokens > longest:
@@ -156,61 +217,52 @@ def load_test(
             f"prompts of {', '.join(map(str, prompt_tokens)) or 'no'} tokens and {new_tokens} new ones: "
             f"at least one prompt, and together at most {longest}, this bundle's context"
         )
-    security = security if security is not None else ChannelSecurity()
-    codec = codec or default_codec(bundle)
-    recordings = _record(bundle, server, prompt_tokens, new_tokens, codec, security, threads, progress)
-    hello = hello_message(bundle.manifest_sha256, bundle.manifest.split, codec)
-    chosen = [recordings[number % len(recordings)] for number in range(sessions)]
-    seconds, replays = asyncio.run(_replay_all(chosen, server, hello, security, progress))
-    return LoadReport(sessions, tuple(prompt_tokens), new_tokens, seconds, tuple(replays))
 
 
-def _record(
-    bundle: Bundle,
+def _record_one(
+    embedding: Embedding | AbsentEmbedding, stack: LayerStack, link: _Recorder, ids: list[int], new_tokens: int
+) -> Recording:
+    capacity = len(ids) + new_tokens
+    exchanges = []
+    link.sent = []
+    link.open(capacity, Sampling(), ids)
+    with link:
+        for token in generate_tokens(
+            embedding,
+            stack.session(capacity),
+            link,
+            ids,
+            layers=stack.manifest.architecture.layers,
+            max_new_tokens=new_tokens,
+            end_tokens=(),
+        ):
+            exchanges.append((tuple(link.sent), token.id))
+            link.sent = []
+    return Recording(capacity, tuple(exchanges))
+
+
+def replay(
+    recordings: Recordings,
     server: str,
-    prompt_tokens: Sequence[int],
-    new_tokens: int,
-    codec: str,
-    security: ChannelSecurity,
-    threads: int | None,
-    progress: Progress,
-) -> list[Recording]:
-    manifest = bundle.manifest
-    embedding = AbsentEmbedding(bundle) if manifest.server_only else Embedding(bundle)
-    stack = LayerStack(bundle, default_threads() if threads is None else threads)
-    count = max(RECORDINGS, len(prompt_tokens))
-    recordings = []
-    for number in range(count):
-        progress("recording", number, count)
-        length = prompt_tokens[number % len(prompt_tokens)]
-        ids = np.random.default_rng(number).integers(manifest.architecture.vocab_size, size=length).tolist()
-        capacity = length + new_tokens
-        link = _Recorder(
-            server,
-            manifest_sha256=bundle.manifest_sha256,
-            split=manifest.split,
-            d_model=manifest.architecture.d_model,
-            codec=open_codec(bundle, codec),
-            security=security,
-        )
-        link.sent = []
-        exchanges = []
-        link.open(capacity, Sampling(), ids)
-        with link:
-            for token in generate_tokens(
-                embedding,
-                stack.session(capacity),
-                link,
-                ids,
-                layers=manifest.architecture.layers,
-                max_new_tokens=new_tokens,
-                end_tokens=(),
-            ):
-                exchanges.append((tuple(link.sent), token.id))
-                link.sent = []
-        recordings.append(Recording(capacity, tuple(exchanges)))
-    progress("recorded", count, count)
-    return recordings
+    *,
+    sessions: int,
+    security: ChannelSecurity | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> LoadReport:
+    """Replay recordings from many sessions at once.
+
+    Args:
+        recordings: taken in turns; of the server's export, be it another server.
+        server: ``HOST:PORT``.
+        sessions: at once.
+        security: how to reach the server.
+        progress: called as sessions end.
+    """
+    generations = recordings.generations
+    chosen = [generations[number % len(generations)] for number in range(sessions)]
+    security = security if security is not None else ChannelSecurity()
+    seconds, replays = asyncio.run(_replay_all(chosen, server, recordings.hello, security, progress))
+    return LoadReport(sessions, recordings.prompt_tokens, recordings.new_tokens, seconds, tuple(replays))
 
 
 async def _replay_all(
