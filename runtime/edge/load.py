@@ -342,7 +342,8 @@ class _Client:
         await self._answer()
 
     async def _answer(self) -> pb.ServerMessage:
-        data = await asyncio.wait_for(self._stream.read(), _ANSWER_TIMEOUT_S)
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            data = await self._stream.read()
         if not isinstance(data, bytes):
             raise LinkError("the server ended the stream")
         message = parse_server_message(data)

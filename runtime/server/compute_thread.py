@@ -74,12 +74,15 @@ class ComputeThread:
             self._run_batch()
 
     def _run_batch(self) -> None:
+        settled: list[_Settled] = []
         for work, outcome in self._batcher.run():
             answer = self._answers.pop(work.session)
             if isinstance(outcome, Exception):
-                _tell(answer, None, outcome)
+                settled.append((answer, None, outcome))
             else:
-                _tell(answer, outcome, None)
+                settled.append((answer, outcome, None))
+        if settled:
+            _tell(settled)
 
     def _take_jobs(self) -> None:
         """Do what has arrived, and take steps in hand; waits for a job if there is nothing to do."""
@@ -115,17 +118,22 @@ class ComputeThread:
             self._answers[result.session] = job.answer
             self._batcher.add(result)
         else:
-            _tell(job.answer, result, failure)
+            _tell([(job.answer, result, failure)])
 
 
-def _tell(answer: asyncio.Future[Any], result: object, failure: BaseException | None) -> None:
-    answer.get_loop().call_soon_threadsafe(_settle, answer, result, failure)
+_Settled = tuple[asyncio.Future[Any], object, BaseException | None]
 
 
-def _settle(answer: asyncio.Future[Any], result: object, failure: BaseException | None) -> None:
-    if answer.cancelled():
-        return
-    if failure is None:
-        answer.set_result(result)
-    else:
-        answer.set_exception(failure)
+def _tell(settled: list[_Settled]) -> None:
+    """Wake the event loop once for all of them."""
+    settled[0][0].get_loop().call_soon_threadsafe(_settle, settled)
+
+
+def _settle(settled: list[_Settled]) -> None:
+    for answer, result, failure in settled:
+        if answer.cancelled():
+            continue
+        if failure is None:
+            answer.set_result(result)
+        else:
+            answer.set_exception(failure)

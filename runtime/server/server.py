@@ -98,6 +98,8 @@ class BackServer:
         threads = default_threads() if threads is None else threads
         together = limits.max_sessions if limits.max_batch > 1 and advance_together(bundle) else 0
         capacity = min(limits.max_session_tokens, bundle.manifest.max_length)
+        if not together:
+            limits = replace(limits, max_batch=1)
         engine = BackEngine(bundle, threads, together=together, capacity=capacity)
         return cls(engine, listen, security=security, limits=limits)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from isthmus.quant.codec import Raw32
 from isthmus.runtime.sampling import Sampling
-from isthmus.runtime.server.batcher import PIECE_ROWS, SHORT_ROWS, Batcher
+from isthmus.runtime.server.batcher import LONG_RUN_ROWS, SHORT_ROWS, SHORT_RUN_ROWS, Batcher
 from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.sessions import Session, Work
 from isthmus.runtime.wire import isthmus_pb2 as pb
@@ -58,7 +58,7 @@ def drain(batcher: Batcher) -> list[str]:
 def test_short_steps_run_together_and_long_ones_in_pieces_between() -> None:
     engine = Recorder()
     batcher = Batcher(engine, max_batch=8)
-    for each in (work("a", 1), work("long", PIECE_ROWS + 20), work("b", SHORT_ROWS, 3)):
+    for each in (work("a", 1), work("long", LONG_RUN_ROWS + 20), work("b", SHORT_ROWS, 3)):
         batcher.add(each)
     assert [str(done.compute) for done, _ in batcher.run()] == ["a", "b"]
     batcher.add(work("a", 1))
@@ -66,7 +66,7 @@ def test_short_steps_run_together_and_long_ones_in_pieces_between() -> None:
     assert drain(batcher) == ["a", "long"]
     assert engine.runs == [
         [("a", 1, 1), ("b", SHORT_ROWS, 3)],
-        [("long", PIECE_ROWS, 0)],
+        [("long", LONG_RUN_ROWS, 0)],
         [("a", 1, 1)],
         [("long", 20, 1)],
     ]
@@ -76,25 +76,34 @@ def test_long_steps_take_turns() -> None:
     engine = Recorder()
     batcher = Batcher(engine, max_batch=8)
     for name in ("x", "y"):
-        batcher.add(work(name, 3 * PIECE_ROWS))
+        batcher.add(work(name, 3 * LONG_RUN_ROWS))
     assert drain(batcher) == ["x", "y"]
     assert [run[0][0] for run in engine.runs] == ["x", "y", "x", "y", "x", "y"]
+
+
+def test_prompts_share_a_run_as_far_as_they_fit() -> None:
+    engine = Recorder()
+    batcher = Batcher(engine, max_batch=8)
+    for name, rows in (("a", 12), ("b", 12), ("c", 20)):
+        batcher.add(work(name, rows))
+    assert drain(batcher) == ["a", "b", "c"]
+    assert engine.runs == [[("a", 12, 1), ("b", 12, 1), ("c", 8, 0)], [("c", 12, 1)]]
 
 
 def test_the_rows_whose_tokens_are_wanted_run_together_at_last() -> None:
     engine = Recorder()
     batcher = Batcher(engine, max_batch=8)
-    batcher.add(work("draft", PIECE_ROWS + 10, wanted=30))
-    batcher.add(work("all", PIECE_ROWS + 10, wanted=PIECE_ROWS + 10))
+    batcher.add(work("draft", LONG_RUN_ROWS + 10, wanted=30))
+    batcher.add(work("all", LONG_RUN_ROWS + 10, wanted=LONG_RUN_ROWS + 10))
     drain(batcher)
     assert engine.runs == [
         [("draft", 12, 0)],
-        [("all", PIECE_ROWS + 10, PIECE_ROWS + 10)],
+        [("all", LONG_RUN_ROWS + 10, LONG_RUN_ROWS + 10)],
         [("draft", 30, 30)],
     ]
 
 
-@given(st.lists(st.integers(1, 4 * PIECE_ROWS), min_size=1, max_size=30), st.integers(1, 6))
+@given(st.lists(st.integers(1, 4 * LONG_RUN_ROWS), min_size=1, max_size=30), st.integers(1, 6))
 def test_every_row_runs_once_in_bounded_runs(rows: list[int], max_batch: int) -> None:
     engine = Recorder()
     batcher = Batcher(engine, max_batch)
@@ -105,12 +114,11 @@ def test_every_row_runs_once_in_bounded_runs(rows: list[int], max_batch: int) ->
     long_before = False
     for run in engine.runs:
         assert len(run) <= max_batch
-        total = sum(count for _, count, _ in run)
-        is_long = len(run) == 1 and rows[int(run[0][0])] > SHORT_ROWS
-        assert total <= (PIECE_ROWS if is_long else max_batch * SHORT_ROWS)
-        if long_before and is_long:  # two pieces in a row: no short step waited
-            waiting = [n for n, count in enumerate(rows) if count <= SHORT_ROWS and done[str(n)] == 0]
-            assert not waiting
+        is_long = rows[int(run[0][0])] - done[run[0][0]] > SHORT_ROWS
+        assert sum(count for _, count, _ in run) <= (LONG_RUN_ROWS if is_long else SHORT_RUN_ROWS)
+        if long_before and is_long:  # two in a row: no short step waited
+            remaining = [count - done[str(number)] for number, count in enumerate(rows)]
+            assert not any(0 < count <= SHORT_ROWS for count in remaining)
         long_before = is_long
         for name, count, _ in run:
             done[name] += count
