@@ -69,6 +69,9 @@ class RaggedStack:
         threads: of onnxruntime.
         capacity: most positions of a session.
         slots: most sessions.
+
+    Raises:
+        OSError: the system does not grant the caches' address space; no weights were read.
     """
 
     def __init__(self, bundle: Bundle, threads: int, *, capacity: int, slots: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from concurrent.futures import Future
 from dataclasses import replace
@@ -24,6 +25,8 @@ from .compute_thread import ComputeThread
 from .limits import ServerLimits
 from .service import SessionService
 from .sessions import SessionTable
+
+logger = logging.getLogger(__name__)
 
 
 class BackServer:
@@ -93,14 +96,26 @@ class BackServer:
 
         bundle = open_bundle(folder, "server")
         limits = limits if limits is not None else ServerLimits()
+        together = limits.max_batch > 1 and advance_together(bundle)
+        if together:
+            bundle = replace(bundle, installed=False)  # the packed weights are those of the other graphs
         budget = kv_budget(bundle, chunk=limits.max_frame_tokens, limit_mb=process_limit_mb(memory_limit_mb))
         limits = replace(limits, kv_bytes=int(min(limits.kv_bytes, budget)))
         threads = default_threads() if threads is None else threads
-        together = limits.max_sessions if limits.max_batch > 1 and advance_together(bundle) else 0
-        capacity = min(limits.max_session_tokens, bundle.manifest.max_length)
-        if not together:
-            limits = replace(limits, max_batch=1)
-        engine = BackEngine(bundle, threads, together=together, capacity=capacity)
+        if together:
+            capacity = min(limits.max_session_tokens, bundle.manifest.max_length)
+            try:
+                engine = BackEngine(bundle, threads, together=limits.max_sessions, capacity=capacity)
+                return cls(engine, listen, security=security, limits=limits)
+            except OSError as error:
+                logger.warning(
+                    "no address space for %d sessions of %d tokens side by side (%s): they take turns; allow fewer "
+                    "sessions, or hold the memory by a control group",
+                    limits.max_sessions,
+                    capacity,
+                    error,
+                )
+        engine, limits = BackEngine(bundle, threads), replace(limits, max_batch=1)
         return cls(engine, listen, security=security, limits=limits)
 
     @property

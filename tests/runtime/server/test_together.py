@@ -158,3 +158,19 @@ def test_one_at_a_time_uses_no_pool(tiny: Any, serve: Callable[..., BackServer])
     folder = tiny.bundle(bits=8, split=2)
     assert not hasattr(serve(folder, max_batch=1)._engine._stack, "pool")
     assert hasattr(serve(folder)._engine._stack, "pool")
+
+
+def test_without_the_address_space_sessions_take_turns(
+    tiny: Any, serve: Callable[..., BackServer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(size: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("isthmus.runtime.pool._reserve", refuse)
+    folder = tiny.bundle(bits=8, split=2)
+    server = serve(folder)
+    assert server.limits.max_batch == 1
+    assert "take turns" in caplog.text
+    report = load_test(folder / "device", server.address, sessions=3, new_tokens=4, codec="raw32", threads=1)
+    assert report.identical
+    assert report.to_dict()["finished"] == 3
