@@ -47,10 +47,11 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
     """Declare how tokens are drafted, for the commands that generate over a link."""
     parser.add_argument(
         "--draft",
-        choices=("auto", "off", "chain", "ngram"),
+        choices=("auto", "off", "chain", "tree", "ngram"),
         default="auto",
         help="guess tokens, so that several cross in one round trip; the text stays the same. chain: by the bundle's "
-        "trained draft; ngram: by what stood in the text before; auto (default): both, as far as they pay",
+        "trained draft; tree: the same with more than one guess a position; ngram: by what stood in the text before; "
+        "auto (default): all, as far as they pay",
     )
     parser.add_argument("--draft-length", type=int, metavar="N", help="most guesses at once (default: as many as pay)")
     parser.add_argument(
@@ -95,6 +96,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", metavar="TEXT", help="what the model continues, or answers with --chat")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids in place of text")
+    prompt.add_argument(
+        "--noise-of",
+        metavar="RUN.json",
+        help="generate again what --json printed there: the same prompt, sampling and noise, with --replace",
+    )
+    parser.add_argument(
+        "--replace",
+        action="append",
+        default=[],
+        metavar="POS=TOKEN",
+        help="with --noise-of: this token id at this place of the generated text, from 0; repeatable",
+    )
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     parser.add_argument(
@@ -138,9 +151,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate, streaming."""
     from ..devices.link import parse_duration_s
+    from ..errors import RequestError
     from ..runtime.sampling import Sampling
     from .main import INTERRUPTED
 
+    if args.noise_of:
+        return _regenerate(args)
+    if args.replace:
+        raise RequestError("--replace needs --noise-of RUN.json: it edits a text that was generated before")
     prompt = _prompt(args)
     sampling = Sampling(
         temperature=args.temperature,
@@ -174,6 +192,27 @@ def run(args: argparse.Namespace) -> int:
         print()
         print(_summary(result), file=sys.stderr)
     return INTERRUPTED if interrupted else 0
+
+
+def _regenerate(args: argparse.Namespace) -> int:
+    from ..errors import RequestError
+    from ..runtime.edge.counterfactual import read_run, regenerate
+
+    replace: dict[int, int] = {}
+    for text in args.replace:
+        position, _, token = text.partition("=")
+        try:
+            replace[int(position)] = int(token)
+        except ValueError:
+            raise RequestError(f"--replace {text!r}: must be a position and a token id, as in 12=345") from None
+    run = read_run(args.noise_of)
+    result = regenerate(open_model(args), run, replace, max_new_tokens=args.max_new_tokens)
+    if args.json:
+        print(json.dumps(result.to_dict(), ensure_ascii=False))
+    else:
+        print(result.text)
+        print(_summary(result), file=sys.stderr)
+    return 0
 
 
 def _follow_plan(args: argparse.Namespace, deadline_ms: float | None) -> float | None:

@@ -104,23 +104,40 @@ class Sampler:
             BundleError: the logits hold NaN, or their maximum is infinite.
             RequestError: a token of the history lies outside the vocabulary.
         """
+        greatest = self._greatest(logits, position)
+        if self._temperature == 0.0 and self._penalty == 1.0:
+            return self._token(greatest)
+        kept, scores = self._scored(logits, position)
+        return self._token(int(kept[scores.argmax()]))
+
+    def rank(self, logits: NDArray[np.float32], position: int, count: int) -> list[int]:
+        """The tokens that `sample` would choose first, second and so on if the ones before were not there."""
+        self._greatest(logits, position)
+        kept, scores = self._scored(logits, position)
+        count = min(count, scores.size)
+        best = np.argpartition(scores, -count)[-count:]
+        return [self._token(int(kept[index])) for index in best[np.argsort(-scores[best])]]
+
+    def _greatest(self, logits: NDArray[np.float32], position: int) -> int:
         greatest = int(logits.argmax())  # NumPy's argmax points to NaN if there is one
         if not math.isfinite(logits[greatest]):
             raise BundleError(
                 f"logits at position {position} hold NaN or infinity: they must be finite; "
                 "the weights are damaged or their precision is too low: check or repeat the export"
             )
-        if self._temperature == 0.0 and self._penalty == 1.0:
-            return self._token(greatest)
+        return greatest
+
+    def _scored(self, logits: NDArray[np.float32], position: int) -> tuple[NDArray[np.intp], NDArray[np.floating]]:
+        """Indices of the logits that may be chosen, ascending, and the scores of which the greatest is."""
         scores: NDArray[np.floating] = logits
         if self._penalty != 1.0 and self._history:
             scores = self._penalise(logits)
         if self._temperature == 0.0:
-            return self._token(int(scores.argmax()))
+            return np.arange(scores.size), scores
         scores = scores.astype(np.float64) / self._temperature
         kept = self._filter(scores)
         tokens = kept if self._vocabulary is None else self._vocabulary[kept]
-        return int(tokens[(scores[kept] + gumbel(self._seed, position, tokens)).argmax()])
+        return kept, scores[kept] + gumbel(self._seed, position, tokens)
 
     def index(self, token: int) -> int:
         """Where a token of the sampler's vocabulary stands among the logits."""

@@ -133,6 +133,8 @@ class KVCache:
         """
         if not 0 <= first <= last <= self.length:
             raise RequestError(f"keys and values of positions {first} to {last}: must lie between 0 and {self.length}")
+        if not self.arrays:
+            return np.empty((0, 2, 0, last - first, 0), np.float32)
         parts = np.stack([array[0, :, first:last] for array in self.arrays.values()])
         return parts.reshape(len(self.arrays) // 2, 2, *parts.shape[1:])
 
@@ -145,7 +147,8 @@ class KVCache:
         last = self.length + rows.shape[3]
         if last > self.capacity:
             raise RequestError(f"{last} positions: this session was opened for {self.capacity}")
-        for array, part in zip(self.arrays.values(), rows.reshape(len(self.arrays), *rows.shape[2:]), strict=True):
+        parts = rows.reshape(len(self.arrays), *rows.shape[2:])
+        for array, part in zip(self.arrays.values(), parts, strict=True):
             array[0, :, self.length : last] = part
         self.length = last
 

@@ -5,9 +5,11 @@ position and stops at the first that was guessed wrong (speculative decoding, Le
 section 8 of the design both sides choose with the same noise, so that equal tokens are all there is to compare). The
 tokens are those of the loop without drafts, bit for bit.
 
-With overlap the device does not wait: it guesses on while its steps are on their way and sends what it has, each frame
-in the hope that those before it hold. At the first wrong guess it rolls back and starts again; the server skips what is
-still on its way. So a text that is guessed well streams at the front's speed, whatever the link's delay is.
+With overlap the device does not wait: while its steps are on their way it guesses on and sends what it has, each frame
+in the hope that those before it hold. So a text that is guessed well streams at the front's speed, whatever the link's
+delay. And it guesses what else may come: the guesses grow a tree, the likeliest leaf first (as in EAGLE-2, arXiv
+2406.16858, section 4.1). Ours: there is no tree attention; a branch is one more frame, which the server takes as a
+chain if the tokens before it were chosen, and skips otherwise. So trees keep the bits that chains have.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...errors import ProtocolError
 from ..segments import AbsentEmbedding, Embedding, StackSession
-from .draft_pace import DraftPace, DraftSource, Guess
+from .draft_pace import DraftPace, Guess
+from .draft_tree import DraftTree, Node
 from .generate import PREFILL_CHUNK, StepReport, Token, total
 from .ngrams import NGramIndex
 
@@ -31,9 +33,10 @@ if TYPE_CHECKING:  # gRPC loads only where a server is used
     from .link import RemoteBack
     from .trained_draft import DraftSession
 
-MAX_DRAFTS = 24  # unanswered ones
-_MAX_STEPS = 24  # on their way; the server keeps the results of a few more
+MAX_DRAFTS = 24  # unanswered ones after each other
+_MAX_STEPS = 48  # on their way; the server keeps the results of a few more
 _FRAME_DRAFTS = 8  # n-grams' guesses at once: few rows take the front and the server little longer than one
+_ALTERNATIVES = 5  # of the trained draft for one position
 _SURE_MATCH = 0.7  # an n-gram's chance from which the trained draft need not be asked
 
 
@@ -63,14 +66,6 @@ class DraftCounts:
         self.right[place - 1] += right
 
 
-@dataclass
-class _Step:
-    """A step on its way: whether no other one of use was when it was sent, and whether a guess before it was wrong."""
-
-    alone: bool
-    stale: bool = False
-
-
 class DraftedTokens:
     """One generation with drafts.
 
@@ -81,8 +76,9 @@ class DraftedTokens:
         prompt_ids: at least one.
         trained: the trained draft's session, if there is one.
         ngrams: whether n-grams are looked up.
+        branches: whether more than one guess is made for a position; only with ``overlap``.
         pace: decides how far to draft.
-        length: most unanswered drafts, at most `MAX_DRAFTS`.
+        length: most unanswered drafts after each other, at most `MAX_DRAFTS`.
         overlap: whether to draft while steps are on their way.
         layers: of the whole model.
         max_new_tokens: that are generated at most.
@@ -101,6 +97,7 @@ class DraftedTokens:
         *,
         trained: DraftSession | None,
         ngrams: bool,
+        branches: bool,
         pace: DraftPace,
         length: int,
         overlap: bool,
@@ -109,34 +106,33 @@ class DraftedTokens:
         end_tokens: Sequence[int],
     ) -> None:
         self.counts = DraftCounts()
-        self._embedding, self._front, self._back = embedding, front, back
+        self._back = back
         self._trained = trained
         self._ngrams = NGramIndex() if ngrams else None
+        self._branches = branches and overlap
         self._pace = pace
         self._length, self._overlap = length, overlap
         self._layers = layers
         self._end_tokens = frozenset(end_tokens)
-        self._ids = list(prompt_ids)  # the prompt and the tokens after it: the sure ones, then guesses
-        self._sure = len(self._ids)
-        self._end = self._sure + max_new_tokens
-        self._prompt = self._sure
-        self._guesses: deque[tuple[Guess, int]] = deque()  # of the ids from `_sure` on, with their places
-        self._next: Guess | None = None  # after all ids, as far as it was asked for
-        self._rows: list[NDArray[np.float32]] = []  # hidden states that were not sent yet
-        self._sent = 0  # positions that were
+        self._ids = list(prompt_ids)  # and the sure tokens after them
+        self._prompt = len(self._ids)
+        self._end = self._prompt + max_new_tokens
+        self._tree = DraftTree(embedding, front, trained)
+        self._unsent: list[Node] = []  # one after the other
         self._sent_at = 0.0
-        self._steps: deque[_Step] = deque()
-        self._front_s = self._front_onnxruntime_s = 0.0
+        self._steps: deque[Node] = deque()  # the first node of each that is on its way
 
     def __iter__(self) -> Iterator[Token]:
         """Prefill the prompt, then yield tokens until an end token (yielded too) or ``max_new_tokens``."""
         started = perf_counter()
         reports = self._prefill()
-        while self._sure < self._end:
+        while len(self._ids) < self._end:
             if self._work():
                 continue
             tokens, report = self._take_answer()
             reports.append(report)
+            if tokens and len(self._ids) > self._prompt + 1:
+                self._pace.emitted(perf_counter() - started, len(tokens))
             for token, source in tokens:
                 yield self._token(token, source, total(reports), perf_counter() - started)
                 if token in self._end_tokens:
@@ -147,139 +143,171 @@ class DraftedTokens:
         """Send the prompt; its last chunk asks for the first token."""
         chunk = min(self._back.chunk_limit(), PREFILL_CHUNK)
         reports = [StepReport()]
-        for first in range(0, self._sure - chunk, chunk):
-            self._run_front(chunk)
-            reports.append(self._back.step(self._rows.pop(), first, self._ids[first : first + chunk], sample=False))
-            self._sent += chunk
-        self._run_front(self._sure - self._sent)
-        self._send()
+        for first in range(0, self._prompt, chunk):
+            ids = self._ids[first : first + chunk]
+            hidden = self._tree.prefill(ids)
+            if first + chunk < self._prompt:
+                reports.append(self._back.step(hidden, first, ids, sample=False))
+            else:
+                self._back.submit(hidden, first, ids)
+        self._steps.append(self._tree.root)
         if self._ngrams is not None:
             self._ngrams.extend(self._ids)
         return reports
 
     def _work(self) -> bool:
         """Do the next thing that need not wait for an answer; whether there was one."""
-        if self._front.cache.length < self._sure:
-            self._run_front(self._sure - self._front.cache.length)
+        if self._tree.root.hidden is None:
+            self._run([self._tree.root])
             if self._overlap:
                 self._send()
             return True
         if self._steps and (not self._overlap or self._back.answered() or len(self._steps) >= _MAX_STEPS):
             return False
-        if self._draft():
+        begun = perf_counter()
+        if drafts := self._likeliest():
+            self._run(drafts)
+            self.counts.drafted += len(drafts)
+            source = drafts[-1].guess.source if drafts[-1].guess is not None else "ngram"
+            self._pace.drafted(source, (perf_counter() - begun) / len(drafts))
             # No faster than the server takes them: more rows in a frame cost it less.
             if self._overlap and perf_counter() - self._sent_at >= self._pace.server_s:
                 self._send()
             return True
-        if self._rows:
+        if self._unsent:
             self._send()
             return True
         return False
 
-    def _run_front(self, tokens: int) -> None:
-        """Run the next ids through the front."""
-        begun, busy = perf_counter(), self._front.onnxruntime_seconds
-        at = self._front.cache.length
-        hidden = self._front.forward(self._embedding.rows(self._ids[at : at + tokens])).copy()
-        self._front_s += perf_counter() - begun
-        self._front_onnxruntime_s += self._front.onnxruntime_seconds - busy
-        self._rows.append(hidden)
-        if self._trained is not None:
-            self._trained.observe(hidden)
+    def _run(self, nodes: list[Node]) -> None:
+        """Run tokens through the front; what is not sent and does not come before them is sent first."""
+        if self._unsent and nodes[0].parent is not self._unsent[-1]:
+            self._send()
+        self._tree.run(nodes)
+        self._unsent += nodes
 
     def _send(self) -> None:
         """Submit the hidden states that were not sent yet."""
-        hidden = np.concatenate(self._rows)
-        end = self._sent + len(hidden)
-        drafted = min(len(hidden), max(0, end - self._sure))
-        self._steps.append(_Step(alone=all(step.stale for step in self._steps)))
-        self._back.submit(hidden, self._sent, self._ids[self._sent : end], drafted=drafted)
-        self._rows, self._sent, self._sent_at = [], end, perf_counter()
+        nodes, self._unsent = self._unsent, []
+        first = nodes[0]
+        sure = first is self._tree.root
+        self._back.submit(
+            np.concatenate([node.hidden for node in nodes if node.hidden is not None]),
+            first.position,
+            [node.token for node in nodes],
+            drafted=len(nodes) - sure,
+            path=[] if sure else self._tree.path(first)[:-1],
+        )
+        self._steps.append(first)
+        first.sent_at = self._sent_at = perf_counter()
 
-    def _draft(self) -> bool:
-        """Guess the next tokens and run them through the front; whether it was worth it."""
-        begun, before = perf_counter(), len(self._ids)
-        room = min(self._sure + self._length, self._end - 1) - before
-        most = min(room, _FRAME_DRAFTS, self._back.chunk_limit() - sum(map(len, self._rows)))
-        source: DraftSource = "ngram"
-        while len(self._ids) - before < most and source == "ngram":  # the trained draft needs each one's hidden state
-            guess = self._guess()
-            if guess is None or guess.token in self._end_tokens or not self._pays(guess):
+    def _likeliest(self) -> list[Node]:
+        """The next guess to run, and what n-grams say with it at once; nothing if none is worth it."""
+        if not self._pace.drafting:
+            return []
+        tip = self._tree.tip
+        if tip.options is None:
+            tip.options = self._ask(tip)
+        best: tuple[float, Node, list[Guess]] | None = None
+        for node, before in self._tree.grown():
+            if node.options and (self._branches or node is tip) and self._fits(node.position + 1):
+                chance = node.options[0].chance
+                for guess in before:
+                    chance *= guess.chance
+                if best is None or chance > best[0]:
+                    best = chance, node, before
+        if best is None:
+            return []
+        _, node, before = best
+        drafts: list[Node] = []
+        assert node.options
+        following: Guess | None = node.options[0]
+        while following is not None and self._pace.pays(following, before, waited_s=self._waited_s()):
+            parent = drafts[-1] if drafts else node
+            place = parent.position + 1 - self._tree.root.position
+            drafts.append(Node(following.token, parent.position + 1, parent, following, place))
+            before = [*before, following]
+            if following.source == "draft" or len(drafts) == _FRAME_DRAFTS or not self._fits(drafts[-1].position + 1):
                 break
-            self._guesses.append((guess, len(self._ids) - self._sure + 1))
-            self._ids.append(guess.token)
-            self._next, source = None, guess.source
-        drafts = len(self._ids) - before
-        if not drafts:
-            return False
-        self._run_front(drafts)
-        self.counts.drafted += drafts
-        self._pace.drafted(source, (perf_counter() - begun) / drafts)
-        return True
+            following = self._match([*self._ids, *self._tree.path(drafts[-1])])
+            if following is not None and self._trained is not None and following.chance < _SURE_MATCH:
+                break
+        if drafts:
+            del node.options[0]
+        for draft in drafts[:-1]:
+            draft.options = []
+        return drafts
 
-    def _guess(self) -> Guess | None:
-        """The likeliest token after all ids; None if there is none, or the front must run first."""
-        if self._next is not None:
-            return self._next
-        found = self._ngrams.follow(self._ids) if self._ngrams is not None else None
-        best = self._pace.ngram(*found) if found is not None else None
-        if self._trained is not None and (best is None or best.chance < _SURE_MATCH):
-            if self._front.cache.length < len(self._ids):
-                return None
-            trained = self._pace.trained(*self._trained.guess(self._ids))
-            best = trained if best is None or trained.chance >= best.chance else best
-        self._next = best
-        return best
+    def _waited_s(self) -> float | None:
+        """Since the step was sent whose answer comes next; None without overlap."""
+        if not self._overlap:
+            return None
+        return perf_counter() - self._tree.root.sent_at
 
-    def _pays(self, guess: Guess) -> bool:
-        return self._pace.pays(guess, [before for before, _ in self._guesses], overlap=self._overlap)
+    def _fits(self, position: int) -> bool:
+        """Whether a guess may stand at a position: not too far, and not where the text has ended."""
+        return position - self._tree.root.position <= self._length and position < self._end - 1
+
+    def _ask(self, node: Node) -> list[Guess]:
+        """What may come after the node that was run last, the likeliest first."""
+        ids = [*self._ids, *self._tree.path(node)]
+        match = self._match(ids)
+        guesses = [match] if match is not None else []
+        if self._trained is not None and (match is None or match.chance < _SURE_MATCH):
+            ranked = self._trained.guesses(ids, _ALTERNATIVES if self._branches else 1)
+            guesses += [self._pace.trained(token, share) for token, share in ranked]
+        best: dict[int, Guess] = {}
+        for guess in sorted(guesses, key=lambda guess: -guess.chance):
+            if guess.token not in self._end_tokens:
+                best.setdefault(guess.token, guess)
+        return list(best.values())
+
+    def _match(self, ids: Sequence[int]) -> Guess | None:
+        """What n-grams say comes after some ids."""
+        found = self._ngrams.follow(ids) if self._ngrams is not None else None
+        if found is None or found[0] in self._end_tokens:
+            return None
+        return self._pace.ngram(*found)
 
     def _take_answer(self) -> tuple[list[tuple[int, str]], StepReport]:
-        """Wait for the oldest step's tokens, and roll back what was guessed wrong.
+        """Wait for the oldest step's tokens, and go where they lead.
 
         Returns:
             The new tokens with their sources, and what the step cost.
         """
-        step = self._steps.popleft()
-        prompt = self._sure == self._prompt
+        first = self._steps.popleft()
+        held, prompt = first is self._tree.root, len(self._ids) == self._prompt
         tokens, report = self._back.collect()
-        if step.stale != (not tokens):
+        if held != bool(tokens):
             raise ProtocolError(
                 "BAD_RESULT",
                 "the server went on from a wrong guess, or did not from a right one; it breaks the protocol",
             )
-        if step.alone and tokens and not prompt:
+        if held and first.guess is None and not prompt:
             self._pace.answered(report.wait_s, report.server_decode_s + report.server_compute_s)
-        return [(token, self._confirm(token)) for token in tokens], report
+        taken = [(token, self._confirm(token)) for token in tokens]
+        if tokens:
+            self._tree.settle()
+            if self._unsent and not self._tree.follows(self._unsent[0]):
+                self._unsent = []
+        return taken, report
 
     def _confirm(self, token: int) -> str:
         """Take the next sure token; its source."""
+        root = self._tree.root
+        self._ids.append(token)
         if self._ngrams is not None:
             self._ngrams.extend([token])
-        guess, place = self._guesses.popleft() if self._guesses else (self._next, 0)
-        right = guess is not None and guess.token == token
-        if guess is not None:
-            self._pace.learn(guess, right)
-        if place:
-            self.counts.note(place, right)
-        at = self._sure
-        self._sure += 1
-        if guess is not None and place and right:
-            return guess.source
-        self._ids[at:] = [token]
-        self._guesses.clear()
-        self._next = None
-        self._front.cache.truncate(min(self._front.cache.length, at))
-        if self._trained is not None:
-            self._trained.truncate(at)
-        self._rows, self._sent = [], min(self._sent, at)
-        for step in self._steps:
-            step.stale = True
-        return "server"
+        guesses = [child.guess for child in root.children if child.guess is not None]
+        for guess in (*guesses, *(root.options or ())):
+            self._pace.learn(guess, guess.token == token)
+        child = self._tree.advance(token)
+        if guesses:
+            self.counts.note(min(each.place for each in root.children), child.guess is not None)
+        return child.guess.source if child.guess is not None else "server"
 
     def _token(self, token: int, source: str, report: StepReport, seconds: float) -> Token:
-        front_s, self._front_s = self._front_s, 0.0
-        front_onnxruntime_s, self._front_onnxruntime_s = self._front_onnxruntime_s, 0.0
+        front_s, onnxruntime_s = self._tree.take_times()
         return Token(
             id=token,
             source=source,
@@ -287,7 +315,7 @@ class DraftedTokens:
             bytes_up=report.bytes_up,
             bytes_down=report.bytes_down,
             front_s=front_s,
-            front_onnxruntime_s=front_onnxruntime_s,
+            front_onnxruntime_s=onnxruntime_s,
             total_s=seconds,
             report=report,
         )

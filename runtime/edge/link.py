@@ -228,7 +228,15 @@ class RemoteBack:
         """Submitted steps that were not collected."""
         return len(self._session.questions)
 
-    def submit(self, hidden: NDArray[np.float32], position: int, token_ids: Sequence[int], *, drafted: int = 0) -> None:
+    def submit(
+        self,
+        hidden: NDArray[np.float32],
+        position: int,
+        token_ids: Sequence[int],
+        *,
+        drafted: int = 0,
+        path: Sequence[int] = (),
+    ) -> None:
         """Send a step that asks for tokens and do not wait for them: `collect` gives them, in the order of the steps.
 
         Args:
@@ -237,6 +245,7 @@ class RemoteBack:
             token_ids: of the same positions.
             drafted: how many of the last ids are guesses. If all are, the step goes on from one that was not
                 collected yet, and the first id is a guess at what that one chooses.
+            path: then, the guesses at the positions before: those after the last token that is sure.
 
         Raises:
             RequestError: too many steps wait to be collected; the server keeps no more results.
@@ -250,7 +259,7 @@ class RemoteBack:
             )
         started = perf_counter()
         payload = self._codec.encode(hidden, token_ids)
-        drafts = list(token_ids[len(token_ids) - drafted :])
+        drafts = [*path, *token_ids[len(token_ids) - drafted :]]
         message = step_message(session.last_step + 1, position, len(hidden), True, payload, drafts)
         session.last_step += 1
         sent = perf_counter()

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DraftMode = Literal["auto", "off", "chain", "ngram"]
+DraftMode = Literal["auto", "off", "chain", "tree", "ngram"]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or chat messages ``{"role": …, "content": …}``."""
@@ -87,8 +87,9 @@ class EdgeModel:
             memory_limit_mb: refuse what would take more resident memory at its peak, before anything is loaded; by
                 default what the machine, or the container, has free.
             draft: how tokens are guessed, so that several cross in one round trip; no guess changes the text.
-                ``chain`` takes the bundle's trained draft, ``ngram`` what stood in the text before, ``auto`` both as
-                far as there are any and they pay, ``off`` none.
+                ``chain`` takes the bundle's trained draft, ``tree`` several guesses of it for each position (with
+                overlap), ``ngram`` what stood in the text before, ``auto`` all as far as there are any and they pay,
+                ``off`` none.
             draft_length: most guesses that wait for an answer; by default as many as pay, at most `MAX_DRAFTS`.
             overlap: whether the device guesses on while it waits.
 
@@ -118,10 +119,10 @@ class EdgeModel:
         if draft_length is not None and not 1 <= draft_length <= MAX_DRAFTS:
             raise RequestError(f"draft length {draft_length}: must lie between 1 and {MAX_DRAFTS}")
         self._draft = self._checked_draft(draft)
-        trained = open_draft(bundle) if self._draft in ("auto", "chain") else None
-        if self._draft == "chain" and trained is None:
+        trained = open_draft(bundle) if self._draft in ("auto", "chain", "tree") else None
+        if self._draft in ("chain", "tree") and trained is None:
             raise RequestError(
-                f"draft='chain': {bundle.folder} holds no trained draft; run `isthmus distill`, or choose ngram"
+                f"draft={draft!r}: {bundle.folder} holds no trained draft; run `isthmus distill`, or choose ngram"
             )
         limit_mb = process_limit_mb(memory_limit_mb)
         check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=limit_mb, draft=trained)
@@ -133,7 +134,7 @@ class EdgeModel:
         self._overlap = overlap
         self._pace = DraftPace()
         self._told_old = False
-        self._manifest_sha256 = bundle.manifest_sha256
+        self.manifest_sha256 = bundle.manifest_sha256
         self.tokenizer = Tokenizer.from_file(
             bundle.path("tokenizer.json"),
             manifest.chat_template,
@@ -246,7 +247,7 @@ class EdgeModel:
                 "draft='chain': the model was opened without a trained draft; open it with chain or auto"
             )
         trained = None
-        if self._trained is not None and mode in ("auto", "chain"):
+        if self._trained is not None and mode in ("auto", "chain", "tree"):
             trained = self._trained.session(capacity, sampling, ids)
         controller = self._controller()
         codec = self._levels[self._level] if controller is None else PacedCodec(self._levels, controller)
@@ -266,6 +267,7 @@ class EdgeModel:
                 ids,
                 trained=trained,
                 ngrams=mode in ("auto", "ngram"),
+                branches=mode in ("auto", "tree"),
                 pace=self._pace,
                 length=self._draft_length,
                 overlap=self._overlap,
@@ -279,7 +281,9 @@ class EdgeModel:
         return TokenStream(
             tokens,
             back,
-            prompt_tokens=len(ids),
+            prompt_ids=ids,
+            sampling=sampling,
+            manifest_sha256=self.manifest_sha256,
             codec=codec.name if self._server else "none",
             started=started,
             controller=controller,
@@ -418,7 +422,7 @@ class EdgeModel:
 
         remote = RemoteBack(
             self._server,
-            manifest_sha256=self._manifest_sha256,
+            manifest_sha256=self.manifest_sha256,
             split=self.manifest.split,
             d_model=self.manifest.architecture.d_model,
             codec=codec,

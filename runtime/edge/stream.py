@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any, Self
 
+from ..sampling import Sampling
 from ..text import Detokenizer, StopStrings, Tokenizer
 from .controller import Controller, LevelChange
 from .drafting import DraftCounts
@@ -28,6 +29,9 @@ class Generation:
         level_changes: of the codec, to keep the deadline.
         moves: of a session that went from the device to the server, or back.
         drafts: what came of them, if there were any.
+        prompt_ids: token ids of the prompt.
+        sampling: how tokens were chosen.
+        manifest_sha256: of the export; with the two before, another run of it repeats this one.
     """
 
     text: str
@@ -45,6 +49,9 @@ class Generation:
     level_changes: tuple[LevelChange, ...] = ()
     moves: tuple[Move, ...] = ()
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    prompt_ids: list[int] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    manifest_sha256: str = ""
 
     @property
     def tokens_per_round_trip(self) -> float | None:
@@ -101,7 +108,9 @@ class TokenStream:
     """Tokens of a running generation, end token included. Close it, also if it was left early.
 
     Attributes:
-        prompt_tokens: length of the prompt.
+        prompt_ids: token ids of the prompt.
+        sampling: how tokens are chosen.
+        manifest_sha256: of the export.
         codec: what hidden states are sent in; ``none`` if the device runs the whole model.
         started: `time.perf_counter` when the generation was asked for.
         drafts: what came of them so far.
@@ -112,7 +121,9 @@ class TokenStream:
         tokens: Iterator[Token],
         back: Back,
         *,
-        prompt_tokens: int,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        manifest_sha256: str,
         codec: str,
         started: float,
         controller: Controller | None = None,
@@ -122,7 +133,9 @@ class TokenStream:
         self.drafts = drafts if drafts is not None else DraftCounts()
         self._controller = controller
         self._back = back
-        self.prompt_tokens = prompt_tokens
+        self.prompt_ids = prompt_ids
+        self.sampling = sampling
+        self.manifest_sha256 = manifest_sha256
         self.codec = codec
         self.started = started
 
@@ -217,7 +230,7 @@ class TextStream:
         return Generation(
             text="".join(self._text),
             token_ids=[token.id for token in self._done],
-            prompt_tokens=self._tokens.prompt_tokens,
+            prompt_tokens=len(self._tokens.prompt_ids),
             finish_reason=self._finish_reason,
             ttft_ms=(first - started) * 1e3,
             decode_tokens_per_s=(len(self._done) - 1) / (last - first) if last > first else 0.0,
@@ -230,4 +243,7 @@ class TextStream:
             level_changes=self._tokens.level_changes,
             moves=self._tokens.moves,
             drafts=self._tokens.drafts,
+            prompt_ids=self._tokens.prompt_ids,
+            sampling=self._tokens.sampling,
+            manifest_sha256=self._tokens.manifest_sha256,
         )

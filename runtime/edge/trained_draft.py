@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,51 +31,80 @@ class TrainedDraft:
 
     def session(self, capacity: int, sampling: Sampling, prompt_ids: Sequence[int]) -> DraftSession:
         """A session of at most ``capacity`` positions."""
-        sampler = Sampler(sampling, prompt_ids, self._vocabulary)
-        return DraftSession(self._stack.session(capacity), self._head, sampler, len(prompt_ids), sampling.temperature)
+        return DraftSession(self._stack.session(capacity), self._head, sampling, self._vocabulary, prompt_ids)
 
 
 class DraftSession:
-    """The draft's run through one text. It guesses with the noise with which the server will choose."""
+    """The draft's run through one text. It guesses with the noise with which the server will choose.
+
+    Args:
+        stack: a fresh session of the draft's layer.
+        head: over its vocabulary.
+        sampling: of the generation.
+        vocabulary: ids of the head's rows.
+        prompt_ids: for a repetition penalty.
+    """
 
     def __init__(
-        self, stack: StackSession, head: Head, sampler: Sampler, prompt_tokens: int, temperature: float
+        self,
+        stack: StackSession,
+        head: Head,
+        sampling: Sampling,
+        vocabulary: NDArray[np.int64],
+        prompt_ids: Sequence[int],
     ) -> None:
-        self._stack, self._head, self._sampler = stack, head, sampler
-        self._prompt_tokens = prompt_tokens
-        self._temperature = temperature or 1.0
+        self._stack, self._head = stack, head
+        self._sampler = Sampler(sampling, prompt_ids, vocabulary)
+        self._prompt_tokens = len(prompt_ids)
+        self._penalised = sampling.repetition_penalty != 1.0
+        self._temperature = sampling.temperature or 1.0
         self._unseen: list[Hidden] = []  # not run through the layer yet
-        self._length = 0  # with those
+        self._unseen_tokens = 0
 
     def observe(self, hidden: Hidden) -> None:
         """Take the front's hidden states ``[tokens, d_model]`` of the next positions; they are run when needed."""
         self._unseen.append(hidden)
-        self._length += len(hidden)
+        self._unseen_tokens += len(hidden)
 
     def truncate(self, length: int) -> None:
         """Roll back to ``length`` positions, if there are more."""
-        if length < self._length:
-            unseen = np.concatenate([*self._unseen, np.empty((0, self._stack.d_model), np.float32)])
-            seen = self._length - len(unseen)
-            self._unseen = [unseen[: max(0, length - seen)]]
-            self._stack.cache.truncate(min(seen, length))
-            self._length = length
-        self._sampler.rollback(min(self._sampler.generated, max(0, length - self._prompt_tokens)))
+        seen = self._stack.cache.length
+        kept = max(0, length - seen)
+        if kept < self._unseen_tokens:
+            self._unseen, self._unseen_tokens = ([np.concatenate(self._unseen)[:kept]] if kept else []), kept
+        self._stack.cache.truncate(min(seen, length))
 
-    def guess(self, ids: Sequence[int]) -> tuple[int, float]:
-        """The next token, and the probability that the draft gives it.
+    def rows(self, position: int) -> NDArray[Any] | None:
+        """Keys and values of a position; None if it was not run yet."""
+        if position >= self._stack.cache.length:
+            return None
+        return self._stack.cache.rows(position, position + 1)
+
+    def restore(self, hidden: Hidden, rows: NDArray[Any] | None) -> None:
+        """Take the next position, with the keys and values that it had, if it had been run."""
+        if rows is None or self._unseen:
+            self.observe(hidden)
+        else:
+            self._stack.cache.append(rows)
+
+    def guesses(self, ids: Sequence[int], count: int) -> list[tuple[int, float]]:
+        """The likeliest next tokens, the first first, and the probability that the draft gives each.
 
         Args:
-            ids: of all observed positions.
+            ids: of all positions; the last was observed since the last call.
+            count: how many.
         """
         unseen = np.concatenate(self._unseen)
-        self._unseen = []
+        self._unseen, self._unseen_tokens = [], 0
         for first in range(0, len(unseen), PREFILL_CHUNK):
             last = self._stack.forward(unseen[first : first + PREFILL_CHUNK])[-1]
         logits = self._head.logits(last)
-        for token in ids[self._prompt_tokens + self._sampler.generated :]:
-            self._sampler.accept(token)
-        token = self._sampler.sample(logits, len(ids))
-        scores = (logits - logits.max()) / self._temperature
-        np.exp(scores, out=scores)
-        return token, float(scores[self._sampler.index(token)] / scores.sum())
+        if self._penalised:
+            self._sampler.rollback(0)
+            for token in ids[self._prompt_tokens :]:
+                self._sampler.accept(token)
+        tokens = self._sampler.rank(logits, len(ids), count)
+        shares = (logits - logits.max()) / self._temperature
+        np.exp(shares, out=shares)
+        shares /= shares.sum()
+        return [(token, float(shares[self._sampler.index(token)])) for token in tokens]

@@ -19,7 +19,7 @@ from ...quant.codec import Codec
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import Refusal, crc_matches, read_sampling
 from ..wire.kv import decode_rows
-from ..wire.transport import RESULTS_KEPT
+from ..wire.transport import MAX_PATH, RESULTS_KEPT
 from .compute import ComputeEngine, ComputeSession
 from .limits import ServerLimits
 
@@ -41,6 +41,7 @@ class Work:
         hidden: ``[tokens, d_model]``.
         wanted: after how many of the last rows tokens are to be chosen.
         drafted: the guesses at them, if there are any.
+        continues: whether the step goes on from guesses at what earlier steps chose.
         result: the answer, as far as it is known.
         started: `time.perf_counter` when it was ready to run.
         done: rows that have run.
@@ -52,6 +53,7 @@ class Work:
     hidden: NDArray[np.float32]
     wanted: int
     drafted: list[int] | None
+    continues: bool
     result: pb.Result
     started: float
     done: int = 0
@@ -84,7 +86,7 @@ class Session:
         self._limits = limits
         self._d_model = engine.manifest.architecture.d_model
         self._results: deque[pb.Result] = deque(maxlen=RESULTS_KEPT)  # of the last steps done, in order
-        self._chosen: int | None = None  # the token after the last position, if it was asked for
+        self._chosen: list[int] = []  # the tokens since the last step that began with no guess
 
     def resume(self, acknowledged: int) -> list[pb.ServerMessage]:
         """The answers to an `Attach`: the last step done, and those results that the client does not have."""
@@ -122,11 +124,13 @@ class Session:
         content = step.kv if step.HasField("kv") else step.frame
         drafted = list(step.frame.drafted)
         self._check_drafts(step, drafted)
-        if drafted and len(drafted) == step.frame.tokens:
-            if step.position != self._compute.length or drafted[0] != self._chosen:
+        continues = bool(drafted) and len(drafted) >= step.frame.tokens
+        if continues:
+            assumed = drafted[: len(drafted) - step.frame.tokens + 1]
+            if step.position != self._compute.length or self._chosen[-len(assumed) :] != assumed:
                 # A wrong guess: there is nothing to do.
                 return self._done(pb.Result(step=step.step, length=self._compute.length))
-            del drafted[0]
+            drafted = drafted[len(assumed) :]
         self._check_place(step.position, content.tokens)
         if step.sample and step.HasField("kv"):
             raise Refusal("BAD_REQUEST", "keys and values give no token; send the next position's frame for that")
@@ -141,9 +145,10 @@ class Session:
         )
         if not step.HasField("kv"):
             wanted = len(drafted) + 1 if step.sample else 0
-            return Work(self, self._compute, arrays, wanted, drafted if step.frame.drafted else None, result, decoded)
+            guesses = drafted if step.frame.drafted else None
+            return Work(self, self._compute, arrays, wanted, guesses, continues, result, decoded)
         self._compute.append_rows(arrays)
-        self._chosen = None
+        self._chosen.clear()
         result.length = self._compute.length
         result.compute_us = _microseconds(perf_counter() - decoded)
         return self._done(result)
@@ -151,13 +156,14 @@ class Session:
     def finish(self, work: Work) -> pb.ServerMessage:
         """Choose the tokens of a step whose rows have all run through the layers."""
         result = work.result
-        self._chosen = None
+        if not work.continues:
+            self._chosen.clear()
         if work.drafted is not None:
-            tokens = self._compute.verify(work.drafted)
-            result.tokens.extend(tokens)
-            self._chosen = tokens[-1]
+            result.tokens.extend(self._compute.verify(work.drafted))
+            self._chosen += result.tokens
         elif work.wanted:
-            result.token = self._chosen = self._compute.sample()
+            result.token = self._compute.sample()
+            self._chosen.append(result.token)
         result.length = self._compute.length
         result.compute_us = _microseconds(perf_counter() - work.started)
         result.onnxruntime_us = _microseconds(work.onnxruntime_seconds)
@@ -204,11 +210,11 @@ class Session:
             return
         if not step.sample:
             raise Refusal("BAD_REQUEST", "drafts in a step that asks for no token; only a sampled step verifies them")
-        if len(drafted) > step.frame.tokens:
+        if len(drafted) > step.frame.tokens + MAX_PATH:
             raise Refusal(
                 "BAD_FRAME",
-                f"{len(drafted)} drafts in a frame of {step.frame.tokens} tokens: they are of its last rows, at most "
-                "one for each",
+                f"{len(drafted)} drafts in a frame of {step.frame.tokens} tokens: at most one for each, and {MAX_PATH} "
+                "before them",
             )
         vocabulary = self._engine.manifest.architecture.vocab_size
         if max(drafted) >= vocabulary:

@@ -17,7 +17,8 @@ PIPELINE_DEPTH = 4
 
 # Steps with drafts are small, and many may be on their way at once. The server keeps the results of so many steps, so
 # that none is lost with its stream; a device has at most so many without an answer.
-RESULTS_KEPT = 32
+RESULTS_KEPT = 64
+MAX_PATH = 64  # guesses before a frame that it names
 
 _PING_INTERVAL_MS = 20_000  # a dead peer or a silent network shows within this and the timeout
 _PING_TIMEOUT_MS = 10_000

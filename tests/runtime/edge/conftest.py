@@ -77,4 +77,11 @@ def repeating_address(repeating: Path) -> Iterator[str]:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever can be guessed is drafted, however long this machine takes for what."""
-    monkeypatch.setattr(DraftPace, "pays", lambda self, guess, before, *, overlap: True)
+    monkeypatch.setattr(DraftPace, "pays", lambda self, guess, before, *, waited_s: True)
+    monkeypatch.setattr(DraftPace, "emitted", lambda self, seconds, tokens: None)
+    monkeypatch.setattr(DraftPace, "__init__", _always_drafting)
+
+
+def _always_drafting(self: DraftPace, made: Callable[[DraftPace], None] = DraftPace.__init__) -> None:
+    made(self)
+    self.drafting = True

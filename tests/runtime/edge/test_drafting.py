@@ -24,7 +24,12 @@ SAMPLINGS = {
     "filtered": Sampling(temperature=1.1, top_k=12, top_p=0.9, min_p=0.02, repetition_penalty=1.1, seed=2**63),
 }
 
-SOURCES = {"ngram": {"server", "ngram"}, "chain": {"server", "draft"}, "auto": {"server", "ngram", "draft"}}
+SOURCES = {
+    "ngram": {"server", "ngram"},
+    "chain": {"server", "draft"},
+    "tree": {"server", "draft"},
+    "auto": {"server", "ngram", "draft"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,7 @@ def open_model(folder: Path, address: str, **options: Any) -> EdgeModel:
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("codec", ["raw32", "tabq"])
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "wait"])
-@pytest.mark.parametrize("draft", ["ngram", "chain", "auto"])
+@pytest.mark.parametrize("draft", SOURCES)
 def test_drafted_tokens_are_the_undrafted_ones(folder, address, eager, draft, overlap, codec, sampling):
     model = open_model(folder, address, codec=codec, overlap=overlap)
     plain = model.generate(PROMPT, max_new_tokens=100, sampling=sampling, draft="off")
@@ -85,7 +90,7 @@ def test_an_end_token_ends_a_drafted_text_as_any_other(folder, address, eager):
     plain = [token.id for token in stream]
     stream.close()
     for number, end in enumerate(sorted(set(plain))):
-        draft = ("ngram", "chain", "auto")[number % 3]
+        draft = list(SOURCES)[number % 4]
         stream = model.tokens(PROMPT, max_new_tokens=100, end_tokens=[end], draft=draft)
         try:
             assert [token.id for token in stream] == plain[: plain.index(end) + 1]
@@ -123,7 +128,7 @@ def test_drafts_where_nothing_crosses_a_link_are_refused(tiny, folder, address):
     with pytest.raises(RequestError, match="deadline"):
         open_model(folder, address, codec="tabq", deadline_ms=50, draft="ngram")
     with pytest.raises(RequestError, match="one of auto"):
-        open_model(folder, address, draft="tree")
+        open_model(folder, address, draft="forest")
 
 
 def test_token_ids_are_drafted_for_a_device_without_layers(tiny, eager):

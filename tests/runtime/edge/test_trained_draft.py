@@ -55,17 +55,17 @@ def test_a_draft_session_forgets_what_is_rolled_back(repeating):
     ids = list(range(10))
     plain = trained.session(32, Sampling(repetition_penalty=1.5), ids[:3])
     plain.observe(hidden)
-    expected = plain.guess(ids)
+    expected = plain.guesses(ids, 3)
     for kept in (3, 5):
         session = trained.session(32, Sampling(repetition_penalty=1.5), ids[:3])
         session.observe(hidden[:3])
-        session.guess(ids[:3])
+        session.guesses(ids[:3], 1)
         session.observe(np.concatenate([hidden[3:kept], np.ones((4, 64), np.float32)]))
         if kept == 5:
-            session.guess([*ids[:5], 1, 2, 3, 4])
+            session.guesses([*ids[:5], 1, 2, 3, 4], 2)
         session.truncate(kept)
         session.observe(hidden[kept:])
-        assert session.guess(ids) == expected
+        assert session.guesses(ids, 3) == expected
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class Finisher:
 
 
 def work(name: str, rows: int, wanted: int = 1) -> Work:
-    return Work(Finisher(), name, np.zeros((rows, 4), np.float32), wanted, None, pb.Result(), 0.0)  # type: ignore[arg-type]
+    return Work(Finisher(), name, np.zeros((rows, 4), np.float32), wanted, None, False, pb.Result(), 0.0)  # type: ignore[arg-type]
 
 
 def drain(batcher: Batcher) -> list[str]:

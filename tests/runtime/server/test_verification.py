@@ -98,6 +98,21 @@ def test_a_guess_that_does_not_follow_does_nothing(engine, hidden, expected):
     assert (list(result.tokens), result.length) == (tokens[1:3], 5)
 
 
+def test_a_branch_is_taken_only_where_its_path_was_chosen(engine, hidden, expected):
+    tokens = expected(PROMPT, 6)
+    wrong = [(token + 1) % 256 for token in tokens]
+    session = make_session(engine)
+    run(session, 1, PROMPT, 0, hidden)
+    # The main chain guesses wrong at once; its second frame would fit where the session ends after the branch.
+    run(session, 2, [tokens[0], wrong[1]], 3, hidden, [wrong[1]])
+    branch = run(session, 3, tokens[1:3], 4, hidden, tokens[1:3])
+    assert list(branch.tokens) == tokens[2:4]
+    main = run(session, 4, [tokens[3]], 6, hidden, [wrong[1], wrong[2], tokens[3]])
+    assert (list(main.tokens), main.length) == ([], 6)
+    result = run(session, 5, [tokens[3]], 6, hidden, tokens[1:4])
+    assert (list(result.tokens), result.length) == (tokens[4:5], 7)
+
+
 def test_every_result_on_its_way_is_kept_for_the_next_stream(engine, hidden, expected):
     tokens = expected(PROMPT, 5)
     session = make_session(engine)
@@ -113,7 +128,7 @@ def test_every_result_on_its_way_is_kept_for_the_next_stream(engine, hidden, exp
 
 @pytest.mark.parametrize(
     ("drafted", "sample", "code"),
-    [([1], False, "BAD_REQUEST"), ([1, 2, 3], True, "BAD_FRAME"), ([256], True, "BAD_FRAME")],
+    [([1], False, "BAD_REQUEST"), (list(range(67)), True, "BAD_FRAME"), ([256], True, "BAD_FRAME")],
 )
 def test_drafts_that_break_a_rule_are_refused_and_change_nothing(engine, hidden, drafted, sample, code):
     session = make_session(engine)
