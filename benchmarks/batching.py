@@ -118,6 +118,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, label in ((left, "tokens/s, all sessions"), (right, "ms per token of a session")):
         axis.set(xscale="log", xlabel="sessions", ylabel=label, ylim=(0, None))
         axis.set_xticks(sessions, [str(count) for count in sessions])
+        axis.minorticks_off()
         axis.legend(frameon=False)
     figure.savefig(path, dpi=130)
 
