@@ -30,6 +30,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
     parser.add_argument("--max-sessions", type=int, metavar="N", help="sessions at once (default: 64)")
     parser.add_argument(
+        "--max-batch",
+        type=int,
+        metavar="N",
+        help="sessions that advance together in one run; 1 serves one step at a time (default: 32)",
+    )
+    parser.add_argument(
         "--lease",
         type=float,
         metavar="SECONDS",
@@ -57,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         client_ca=args.client_ca,
         revoked=args.revoked,
     )
-    chosen = {"max_sessions": args.max_sessions, "lease_s": args.lease}
+    chosen = {"max_sessions": args.max_sessions, "max_batch": args.max_batch, "lease_s": args.lease}
     limits = ServerLimits(**{name: value for name, value in chosen.items() if value is not None})
     limit_mb = parse_megabytes(args.memory_limit) if args.memory_limit else None
     if limit_mb is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from time import perf_counter
 
 import grpc
 
@@ -15,7 +14,8 @@ from ..wire import isthmus_pb2 as pb
 from ..wire.framing import PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, check_hello, parse_client_message
 from ..wire.transport import PIPELINE_DEPTH, SERVICE, SESSION_METHOD
 from .admission import ANYONE, Admission
-from .compute import ComputeEngine, ComputeThread
+from .compute import ComputeEngine
+from .compute_thread import ComputeThread
 from .limits import ServerLimits
 from .sessions import Session, SessionTable
 
@@ -222,7 +222,7 @@ class _Stream:
             self._session = self._table.attach(message.attach.session, self._evict, self._owner)
             acknowledged = message.attach.last_acknowledged_step
             # The compute thread answers in turn: a step that still runs for the old stream is counted.
-            for answer in await self._compute.run(self._session.resume, acknowledged):
+            for answer in await self._compute.run(self._session.resume, acknowledged, of=self._session):
                 await self._write(answer)
         else:
             raise Refusal("BAD_REQUEST", f"{kind} in the middle of a stream")
@@ -231,7 +231,7 @@ class _Stream:
         if self._session is None:
             return Refusal("BAD_REQUEST", f"step {step.step} without a session; open one first").fault
         try:
-            return await self._compute.run(self._session.step, step, self._codec, perf_counter())
+            return await self._compute.step(self._session, step, self._codec)
         except Refusal as refusal:
             return refusal.fault
         except Exception:

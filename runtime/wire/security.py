@@ -49,14 +49,26 @@ class ChannelSecurity:
             LinkError: the address has another form.
             SecurityError: a file is missing, holds no certificate, or the key is another certificate's.
         """
+        credentials = self._credentials(address)
+        if credentials is None:
+            return grpc.insecure_channel(address, CLIENT_OPTIONS)
+        return grpc.secure_channel(address, credentials, CLIENT_OPTIONS)
+
+    def aio_channel(self, address: str) -> grpc.aio.Channel:
+        """The same for an event loop, which must run."""
+        credentials = self._credentials(address)
+        if credentials is None:
+            return grpc.aio.insecure_channel(address, CLIENT_OPTIONS)
+        return grpc.aio.secure_channel(address, credentials, CLIENT_OPTIONS)
+
+    def _credentials(self, address: str) -> grpc.ChannelCredentials | None:
         host, _ = split_address(address)
         if self.insecure:
-            return grpc.insecure_channel(address, CLIENT_OPTIONS)
+            return None
         key, chain = None, None
         if self.cert_file is not None and self.key_file is not None:
             key, chain = _read_pair(self.cert_file, self.key_file)
-        credentials = grpc.ssl_channel_credentials(self._roots(host), key, chain)
-        return grpc.secure_channel(address, credentials, CLIENT_OPTIONS)
+        return grpc.ssl_channel_credentials(self._roots(host), key, chain)
 
     def _roots(self, host: str) -> bytes | None:
         if self.ca_file is not None:
