@@ -81,14 +81,14 @@ def _load(args: argparse.Namespace, prompt_tokens: list[int], new_tokens: list[i
     from ..runtime.wire.security import ChannelSecurity
     from .progress import progress_bar
 
-    if not args.server:
+    if not args.server or len(args.server) > 1:
         raise RequestError("--sessions needs --server HOST:PORT: it is the server that is loaded")
     if len(new_tokens) != 1:
         raise RequestError(f"--new-tokens {args.new_tokens}: with --sessions one number, of each session")
     with progress_bar() as progress:
         report = load_test(
             args.bundle,
-            args.server,
+            args.server[0],
             sessions=args.sessions,
             new_tokens=new_tokens[0],
             prompt_tokens=prompt_tokens,

@@ -66,6 +66,11 @@ class Journal:
                 entry.void = entry.goes_on
 
     @property
+    def messages(self) -> list[bytes]:
+        """The steps, as they were sent."""
+        return [entry.message for entry in self._entries]
+
+    @property
     def length(self) -> int:
         """Position of the last step."""
         return self._entries[-1].position if self._entries else 0

@@ -115,16 +115,6 @@ class LoadReport:
         }
 
 
-class _Recorder(RemoteBack):
-    """A link that keeps the steps that it sends."""
-
-    sent: list[bytes]
-
-    def _send_step(self, message: bytes) -> None:
-        self.sent.append(message)
-        super()._send_step(message)
-
-
 def load_test(
     folder: str | Path,
     server: str,
@@ -194,7 +184,7 @@ def record(
         progress("recording", number, count)
         length = prompt_tokens[number % len(prompt_tokens)]
         ids = np.random.default_rng(number).integers(manifest.architecture.vocab_size, size=length).tolist()
-        link = _Recorder(
+        link = RemoteBack(
             server,
             manifest_sha256=bundle.manifest_sha256,
             split=manifest.split,
@@ -220,11 +210,11 @@ def _check_lengths(prompt_tokens: Sequence[int], new_tokens: int, longest: int) 
 
 
 def _record_one(
-    embedding: Embedding | AbsentEmbedding, stack: LayerStack, link: _Recorder, ids: list[int], new_tokens: int
+    embedding: Embedding | AbsentEmbedding, stack: LayerStack, link: RemoteBack, ids: list[int], new_tokens: int
 ) -> Recording:
     capacity = len(ids) + new_tokens
     exchanges = []
-    link.sent = []
+    recorded = 0
     link.open(capacity, Sampling(), ids)
     with link:
         for token in generate_tokens(
@@ -236,8 +226,9 @@ def _record_one(
             max_new_tokens=new_tokens,
             end_tokens=(),
         ):
-            exchanges.append((tuple(link.sent), token.id))
-            link.sent = []
+            steps = link.journal.messages
+            exchanges.append((tuple(steps[recorded:]), token.id))
+            recorded = len(steps)
     return Recording(capacity, tuple(exchanges))
 
 

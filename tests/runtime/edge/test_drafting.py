@@ -148,7 +148,7 @@ def test_a_server_that_is_wrong_about_what_follows_is_found_out(folder, address,
     collect = RemoteBack.collect
 
     def forge(self: RemoteBack) -> Answer:
-        continues = self._session.questions[0].continues
+        continues = self._questions[0].continues
         answer = collect(self)
         if forged == "skipped" and continues:
             return answer._replace(tokens=())

@@ -11,7 +11,7 @@ import pytest
 
 from isthmus.errors import CodecError, LinkError, ProtocolError, RequestError
 from isthmus.quant.codec import Raw16
-from isthmus.runtime.edge.link import LOCAL_ATTEMPTS
+from isthmus.runtime.edge.remote_session import LOCAL_ATTEMPTS
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.wire import isthmus_pb2 as pb
 from isthmus.runtime.wire.stream import ClientStream

@@ -11,8 +11,8 @@ import pytest
 
 from isthmus.errors import LinkError, RequestError
 from isthmus.runtime.edge.journal import Journal
-from isthmus.runtime.edge.link import MAX_ATTEMPTS
 from isthmus.runtime.edge.model import EdgeModel
+from isthmus.runtime.edge.remote_session import MAX_ATTEMPTS
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire import isthmus_pb2 as pb
@@ -30,8 +30,8 @@ SAMPLINGS = {
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus.runtime.edge.link._FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr("isthmus.runtime.edge.link._LONGEST_DELAY_S", 0.05)
+    monkeypatch.setattr("isthmus.runtime.edge.remote_session._FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("isthmus.runtime.edge.remote_session._LONGEST_DELAY_S", 0.05)
 
 
 @pytest.mark.parametrize("lost_after", [0, 1, 2, 7])
@@ -112,7 +112,7 @@ def test_attempts_are_finite(make_server, make_generation):
 
 
 def test_waiting_ends_too(make_server, make_generation, monkeypatch):
-    monkeypatch.setattr("isthmus.runtime.edge.link.WAIT_S", 0.5)
+    monkeypatch.setattr("isthmus.runtime.edge.remote_session.WAIT_S", 0.5)
     server = make_server()
     generation = make_generation(server.address, PROMPT, on_server_loss="wait")
     generation.run(1)

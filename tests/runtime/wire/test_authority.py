@@ -105,9 +105,9 @@ def test_another_devices_session_does_not_exist(ca, mutual, make_server, make_ge
     thief: RemoteBack = make_link(server.address, security=device(ca, "thief"))
     thief.open(8, Sampling())
     thief._session.id = owner.link._session.id
-    thief._disconnect()
+    thief._session._disconnect()
     with pytest.raises(ProtocolError) as caught:
-        thief._attach() if hasattr(thief, "_attach") else thief._reattach(LinkError("cut"))
+        thief._session._attach()
     assert caught.value.code == "SESSION_UNKNOWN"
     assert owner.run(2) == expected(PROMPT, 3)
 
