@@ -11,7 +11,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from .generate import add_draft_options, add_server_options, open_model
+from .generate import add_draft_options, add_server_options, channel_security, open_model
 
 if TYPE_CHECKING:
     from ..runtime.edge.bench import BenchReport
@@ -78,11 +78,10 @@ def run(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace, prompt_tokens: list[int], new_tokens: list[int]) -> int:
     from ..errors import RequestError
     from ..runtime.edge.load import load_test
-    from ..runtime.wire.security import ChannelSecurity
     from .progress import progress_bar
 
     if not args.server or len(args.server) > 1:
-        raise RequestError("--sessions needs --server HOST:PORT: it is the server that is loaded")
+        raise RequestError("--sessions needs one --server HOST:PORT: it is the server that is loaded")
     if len(new_tokens) != 1:
         raise RequestError(f"--new-tokens {args.new_tokens}: with --sessions one number, of each session")
     with progress_bar() as progress:
@@ -93,7 +92,7 @@ def _load(args: argparse.Namespace, prompt_tokens: list[int], new_tokens: list[i
             new_tokens=new_tokens[0],
             prompt_tokens=prompt_tokens,
             codec=args.codec,
-            security=ChannelSecurity(insecure=args.insecure, ca_file=args.tls_ca),
+            security=channel_security(args),
             threads=args.threads,
             progress=progress,
         )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..runtime.edge.handover import HandOver
     from ..runtime.edge.model import EdgeModel
     from ..runtime.edge.stream import Generation
+    from ..runtime.wire.security import ChannelSecurity
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -76,14 +77,25 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> EdgeModel:
-    """Open the device half with the options of `add_server_options`, and a deadline for each token."""
+def channel_security(args: argparse.Namespace) -> ChannelSecurity:
+    """How the server is reached, by the options of `add_server_options`."""
     from pathlib import Path
 
+    from ..runtime.wire.security import ChannelSecurity
+
+    return ChannelSecurity(
+        insecure=args.insecure,
+        ca_file=Path(args.tls_ca) if args.tls_ca else None,
+        cert_file=Path(args.cert) if args.cert else None,
+        key_file=Path(args.key) if args.key else None,
+    )
+
+
+def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> EdgeModel:
+    """Open the device half with the options of `add_server_options`, and a deadline for each token."""
     from ..devices.budget import parse_megabytes
     from ..devices.limits import enforce_memory_limit
     from ..runtime.edge.model import EdgeModel
-    from ..runtime.wire.security import ChannelSecurity
 
     limit_mb = parse_megabytes(args.memory_limit) if args.memory_limit else None
     if limit_mb is not None:
@@ -91,12 +103,7 @@ def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> Ed
     return EdgeModel(
         args.bundle,
         server=",".join(args.server) if args.server else None,
-        security=ChannelSecurity(
-            ca_file=Path(args.tls_ca) if args.tls_ca else None,
-            insecure=args.insecure,
-            cert_file=Path(args.cert) if args.cert else None,
-            key_file=Path(args.key) if args.key else None,
-        ),
+        security=channel_security(args),
         codec=args.codec,
         level=args.level,
         deadline_ms=deadline_ms,
