@@ -3,7 +3,8 @@
     python benchmarks/drafting.py --bundle OUT [--parts speed,sweep,identity] [--output docs/results]
 
 Server, link and device are processes of their own on this machine, one thread each for server and device; where it has
-two processors, the server gets one and the others share one. The prompts are those of `benchmarks/prompts`.
+two processors, server and device get one each; the link may run on any. Under `chrt -f 1` the link's priority is one
+higher, as the device computes while frames cross. The prompts are those of `benchmarks/prompts`.
 
 - speed: every prompt over ``--rtt`` and ``--rate``, drafted (``auto``) and undrafted in turns;
 - sweep: ways of drafting over round-trip times, on the first chat prompts;
@@ -19,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,14 +47,22 @@ WAYS: dict[str, tuple[DraftMode, bool]] = {
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#999999", "#D55E00")
 
 
+def _before_all(cores: Sequence[int]) -> None:
+    """Run on these cores; in real time before other processes of that kind."""
+    os.sched_setaffinity(0, cores)
+    if os.sched_getscheduler(0) == os.SCHED_FIFO:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(os.sched_getparam(0).sched_priority + 1))
+
+
 @contextmanager
 def command(cores: Sequence[int], *arguments: object) -> Iterator[str]:
     """An isthmus command that serves, and its address."""
+    prepare = _before_all if arguments[0] == "link" else partial(os.sched_setaffinity, 0)
     process = subprocess.Popen(
         [sys.executable, "-m", "isthmus.cli.main", *map(str, arguments)],
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        preexec_fn=lambda: prepare(cores),
     )
     try:
         assert process.stdout is not None
@@ -63,10 +73,10 @@ def command(cores: Sequence[int], *arguments: object) -> Iterator[str]:
 
 
 class Bench:
-    """A bundle, its running server and the cores that the rest may use."""
+    """A bundle, its running server, and the cores that a link may use."""
 
-    def __init__(self, bundle: Path, server: str, here: Sequence[int], rate: str) -> None:
-        self._bundle, self._server, self._here, self._rate = bundle, server, here, rate
+    def __init__(self, bundle: Path, server: str, cores: Sequence[int], rate: str) -> None:
+        self._bundle, self._server, self._cores, self._rate = bundle, server, cores, rate
 
     def model(self, address: str, way: str, codec: str) -> EdgeModel:
         """The device half with a way of drafting."""
@@ -81,7 +91,7 @@ class Bench:
     def link(self, rtt: str) -> Iterator[str]:
         """The server's address through a link."""
         arguments = ("--connect", self._server, "--rtt", rtt, "--rate", self._rate, "--listen", "127.0.0.1:0")
-        with command(self._here, "link", *arguments) as address:
+        with command(self._cores, "link", *arguments) as address:
             yield address
 
     def speed(self, rtt: str, prompts: dict[str, list[Prompt]], tokens: int) -> dict[str, Any]:
@@ -214,7 +224,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(kept.read_text()) if kept is not None and kept.is_file() else {}
     serving = ("serve", args.bundle / "server", "--insecure", "--threads", 1, "--listen", "127.0.0.1:0")
     with command(there, *serving) as server:
-        bench = Bench(args.bundle, server, here, args.rate)
+        bench = Bench(args.bundle, server, cores, args.rate)
         for part in args.parts.split(","):
             if part == "speed":
                 results[part] = bench.speed(args.rtt, prompts, args.tokens)
