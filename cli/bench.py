@@ -2,7 +2,7 @@
 
 pp<N> is the prefill of N tokens, tg<N> the generation of N tokens one by one; both in tokens/s, mean and
 standard deviation over the repetitions. With a server, a table shows where a token's time goes. With --prompts, the
-speed of real generations, drafted and undrafted.
+speed of real generations, drafted and undrafted. With --sessions, what a server gives many sessions at once.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from .generate import add_draft_options, add_server_options, open_model
 
 if TYPE_CHECKING:
     from ..runtime.edge.bench import BenchReport
+    from ..runtime.edge.load import LoadReport
     from ..runtime.edge.prompt_bench import PromptReport
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", metavar="DIR", help="OUT/device")
-    parser.add_argument("--prompt-tokens", default="128", metavar="N[,N]", help="prefill lengths (default 128)")
-    parser.add_argument("--new-tokens", default="128", metavar="N[,N]", help="generation lengths (default 128)")
+    parser.add_argument("--prompt-tokens", metavar="N[,N]", help="prefill lengths (default 128)")
+    parser.add_argument("--new-tokens", metavar="N[,N]", help="generation lengths (default 128)")
     parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="of each test (default 5)")
     parser.add_argument(
         "--prompts",
@@ -33,6 +34,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--vs-undrafted",
         action="store_true",
         help="with --prompts: generate without drafts, too, in turns, and compare tokens and speed",
+    )
+    parser.add_argument(
+        "--sessions",
+        type=int,
+        metavar="N",
+        help="load the server instead: record generations of --prompt-tokens (default then 16) and --new-tokens (64), "
+        "and replay them from N sessions at once",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_draft_options(parser)
@@ -45,8 +53,11 @@ def run(args: argparse.Namespace) -> int:
     from ..runtime.edge.bench import bench
     from .progress import progress_bar
 
-    prompt_tokens = _lengths("--prompt-tokens", args.prompt_tokens)
-    new_tokens = _lengths("--new-tokens", args.new_tokens)
+    prompt_default, new_default = ("16", "64") if args.sessions is not None else ("128", "128")
+    prompt_tokens = _lengths("--prompt-tokens", args.prompt_tokens or prompt_default)
+    new_tokens = _lengths("--new-tokens", args.new_tokens or new_default)
+    if args.sessions is not None:
+        return _load(args, prompt_tokens, new_tokens)
     if args.prompts:
         return _bench_prompts(args, new_tokens)
     if args.vs_undrafted:
@@ -62,6 +73,50 @@ def run(args: argparse.Namespace) -> int:
         )
     print(json.dumps(report.to_dict()) if args.json else _table(report))
     return 0
+
+
+def _load(args: argparse.Namespace, prompt_tokens: list[int], new_tokens: list[int]) -> int:
+    from ..errors import RequestError
+    from ..runtime.edge.load import load_test
+    from ..runtime.wire.security import ChannelSecurity
+    from .progress import progress_bar
+
+    if not args.server:
+        raise RequestError("--sessions needs --server HOST:PORT: it is the server that is loaded")
+    if len(new_tokens) != 1:
+        raise RequestError(f"--new-tokens {args.new_tokens}: with --sessions one number, of each session")
+    with progress_bar() as progress:
+        report = load_test(
+            args.bundle,
+            args.server,
+            sessions=args.sessions,
+            new_tokens=new_tokens[0],
+            prompt_tokens=prompt_tokens,
+            codec=args.codec,
+            security=ChannelSecurity(insecure=args.insecure, ca_file=args.tls_ca),
+            threads=args.threads,
+            progress=progress,
+        )
+    print(json.dumps(report.to_dict()) if args.json else _load_table(report))
+    return 0 if report.identical else 1
+
+
+def _load_table(report: LoadReport) -> str:
+    from tabulate import tabulate
+
+    summary = report.to_dict()
+    rows: list[list[object]] = [
+        ["sessions finished", f"{summary['finished']} of {report.sessions}"],
+        ["tokens/s, all together", f"{report.tokens_per_s:.1f}"],
+    ]
+    for name, label in (("ms_per_token", "ms per token"), ("first_token_ms", "ms to the first token")):
+        if summary[name] is not None:
+            rows.append([f"{label}: p50, p95, max", ", ".join(f"{value:.1f}" for value in summary[name].values())])
+    rows += [
+        ["errors", ", ".join(f"{count} {code}" for code, count in summary["errors"].items()) or "none"],
+        ["same tokens as alone", "yes" if report.identical else "NO"],
+    ]
+    return tabulate(rows, colalign=("left", "right"))
 
 
 def _bench_prompts(args: argparse.Namespace, new_tokens: list[int]) -> int:

@@ -20,10 +20,24 @@ if TYPE_CHECKING:
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """Declare how the server is reached, for every command that has one."""
-    parser.add_argument("--server", metavar="HOST:PORT", help="the server half's address; needed if the model is split")
+    parser.add_argument(
+        "--server",
+        action="append",
+        metavar="HOST:PORT",
+        help="the server half's address; needed if the model is split; repeatable: the next is taken when one is lost",
+    )
+    parser.add_argument(
+        "--on-server-loss",
+        choices=("wait", "replay", "local", "fail"),
+        help="replay: make the session again, there or at the next address, with the same text; wait: the same with "
+        "more patience; local: go on with the device's own copy of all layers; fail: give up (default: local with "
+        "such a copy, else replay)",
+    )
     trust = parser.add_mutually_exclusive_group()
     trust.add_argument("--tls-ca", metavar="FILE", help="certificate (authority) to trust instead of the system's")
     trust.add_argument("--insecure", action="store_true", help="plaintext, for trusted links only")
+    parser.add_argument("--cert", metavar="FILE", help="this device's certificate, where the server asks for one")
+    parser.add_argument("--key", metavar="FILE", help="its key")
     parser.add_argument(
         "--codec",
         metavar="NAME",
@@ -76,8 +90,13 @@ def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> Ed
         enforce_memory_limit(limit_mb)
     return EdgeModel(
         args.bundle,
-        server=args.server,
-        security=ChannelSecurity(ca_file=Path(args.tls_ca) if args.tls_ca else None, insecure=args.insecure),
+        server=",".join(args.server) if args.server else None,
+        security=ChannelSecurity(
+            ca_file=Path(args.tls_ca) if args.tls_ca else None,
+            insecure=args.insecure,
+            cert_file=Path(args.cert) if args.cert else None,
+            key_file=Path(args.key) if args.key else None,
+        ),
         codec=args.codec,
         level=args.level,
         deadline_ms=deadline_ms,
@@ -87,6 +106,7 @@ def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> Ed
         draft=args.draft,
         draft_length=args.draft_length,
         overlap=args.overlap,
+        on_server_loss=args.on_server_loss,
     )
 
 
@@ -283,6 +303,10 @@ def _summary(result: Generation) -> str:
         line += (
             f"; deadline {result.deadline_ms:g} ms: {result.late_tokens} of {max(0, result.new_tokens - 1)} late; "
             f"{shares}; {len(result.level_changes)} changes"
+        )
+    for replay in result.replays:
+        line += (
+            f"; made again at {replay.address}, token {replay.token}: {replay.steps} steps in {replay.seconds:.2f} s"
         )
     for move in result.moves:
         if move.to == "server":

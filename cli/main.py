@@ -10,7 +10,7 @@ from types import ModuleType
 
 from .._version import __version__
 from ..errors import IsthmusError
-from . import bench, devices, distill, eval, export, generate, inspect, install, link, plan, pull, serve
+from . import bench, certs, devices, distill, eval, export, generate, inspect, install, link, plan, pull, serve
 
 COMMANDS: dict[str, ModuleType] = {
     "pull": pull,
@@ -19,6 +19,7 @@ COMMANDS: dict[str, ModuleType] = {
     "inspect": inspect,
     "install": install,
     "serve": serve,
+    "certs": certs,
     "generate": generate,
     "bench": bench,
     "eval": eval,
@@ -63,9 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"isthmus: error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        if args.command not in ("export", "distill", "eval", "plan") or (error.name or "").startswith("isthmus"):
+        extras = {"export": "export", "distill": "export", "plan": "export", "eval": "eval", "certs": "server"}
+        if args.command not in extras or (error.name or "").startswith("isthmus"):
             raise
-        extra = "eval" if args.command == "eval" else "export"
+        extra = extras[args.command]
         print(
             f"isthmus: error: {args.command} needs {error.name}; install it with pip install 'isthmus[{extra}]'",
             file=sys.stderr,

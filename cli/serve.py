@@ -18,8 +18,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain, with --tls-key")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key, without a password")
     parser.add_argument("--insecure", action="store_true", help="plaintext instead of TLS")
+    parser.add_argument(
+        "--client-ca", type=Path, metavar="FILE", help="only devices with a certificate of this authority may connect"
+    )
+    parser.add_argument(
+        "--revoked",
+        type=Path,
+        metavar="FILE",
+        help="that authority's list of revoked certificates, read anew when it changes",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
     parser.add_argument("--max-sessions", type=int, metavar="N", help="sessions at once (default: 64)")
+    parser.add_argument(
+        "--max-batch",
+        type=int,
+        metavar="N",
+        help="sessions that advance together in one run; 1 serves one step at a time (default: 32)",
+    )
     parser.add_argument(
         "--lease",
         type=float,
@@ -41,8 +56,14 @@ def run(args: argparse.Namespace) -> int:
     from ..runtime.server.server import BackServer
     from ..runtime.wire.security import ServerSecurity
 
-    security = ServerSecurity(insecure=args.insecure, cert_file=args.tls_cert, key_file=args.tls_key)
-    chosen = {"max_sessions": args.max_sessions, "lease_s": args.lease}
+    security = ServerSecurity(
+        insecure=args.insecure,
+        cert_file=args.tls_cert,
+        key_file=args.tls_key,
+        client_ca=args.client_ca,
+        revoked=args.revoked,
+    )
+    chosen = {"max_sessions": args.max_sessions, "max_batch": args.max_batch, "lease_s": args.lease}
     limits = ServerLimits(**{name: value for name, value in chosen.items() if value is not None})
     limit_mb = parse_megabytes(args.memory_limit) if args.memory_limit else None
     if limit_mb is not None:

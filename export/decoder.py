@@ -6,6 +6,10 @@ last bit. And the attention always sees at least two rows, because its one-row p
 the tokens and one dummy row, whose keys and values land one row beyond the valid ones, where the next step
 overwrites them; the cache keeps a spare row for that. Where products of an odd row differ, too, in float and at some
 packed precisions, a block carries one or two dummy rows all the way through, so that their number is even.
+
+A server's block has a second graph over the same weights, the `RAGGED` variant, in which sequences advance together,
+each by rows of its own number over a past of its own length. The rows of all lie packed in one matrix; only the
+attention sees them by sequence, padded to the longest, with a dummy row behind each sequence's own.
 """
 
 from __future__ import annotations
@@ -22,11 +26,12 @@ from ..quant.nbits import PackedWeight
 from ..quant.offsets import OffsetWeight, block_summing_weight
 from ..runtime.bundle import Architecture, KVSpec, TensorRecord
 from .families.common import ROLES, LayerTensors
-from .graph import CONTRIB, GraphWriter
+from .graph import CONTRIB, PLAIN, GraphWriter
 from .rope import rope_tables
 from .weights import Weights
 
 CACHE_TYPES = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8, "uint8": TensorProto.UINT8}
+RAGGED = "ragged"  # name of the variant, see `build_block`
 ACCURACY_LEVEL = 4  # int8 activations inside MatMulNBits; every other level is several times slower on a CPU
 
 
@@ -38,6 +43,7 @@ class SegmentBuilder:
         names: the weights that will be in it; their precisions decide which rows the graph computes.
         batched: many sequences advance together by one token each, where export calibrates: the graph's first dimension
             is free, and there is no dummy row, because nothing there needs the same bits in every chunk.
+        ragged: whether a block gets its `RAGGED` variant, too.
         tensors: how each was stored, for the manifest.
     """
 
@@ -46,6 +52,7 @@ class SegmentBuilder:
     weights: Weights
     names: Sequence[str]
     batched: bool = False
+    ragged: bool = False
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -145,8 +152,8 @@ class SegmentBuilder:
         self._tokens = tokens
         self._attended = self.writer.node("Add", [tokens, self._whole("one", 1)])
         self._filler = self.writer.node("Sub", [self._whole("one", 1), parity])
-        padding = self.writer.node("Sub", [self._whole("two", 2), parity])
-        return self._append(hidden, self.arch.d_model, padding)
+        self._padding = self.writer.node("Sub", [self._whole("two", 2), parity])
+        return self._append(hidden, self.arch.d_model, self._padding)
 
     def rows_to_attend(self, qkv: str) -> str:
         """The tokens and one row more of what a block carries."""
@@ -167,14 +174,36 @@ class SegmentBuilder:
             return self._append(attended, self.arch.heads * self.arch.head_dim, self._filler)
         return self._first(attended, self._whole("minus_one", -1))
 
+    def rows_by_sequence(self, qkv: str) -> str:
+        """Packed rows ``[1, rows, width]`` as ``[sequences, queries, width]``, padding and dummies included."""
+        width = (self.arch.heads + 2 * self.arch.kv_heads) * self.arch.head_dim
+        rows = self._unstack(qkv, width)
+        return self.writer.shape(
+            self.writer.node("Gather", [rows, "packed_rows"], axis=0), ["sequences", "queries", width]
+        )
+
+    def rows_packed(self, attended: str, output: str) -> str:
+        """Undo `rows_by_sequence`."""
+        width = self.arch.heads * self.arch.head_dim
+        rows = self._unstack(attended, width)
+        if not self.even_rows:
+            return self.writer.node("Gather", [rows, "padded_rows"], output=output, axis=0)
+        packed = self.writer.node("Gather", [rows, "padded_rows"], axis=0)
+        return self._append(packed, width, self._padding, output)
+
+    def _unstack(self, rows: str, width: int) -> str:
+        """``[..., width]`` as ``[rows, width]``."""
+        shape = self.writer.constant(f"rows.{width}", np.array([-1, width], np.int64))
+        return self.writer.node("Reshape", [rows, shape])
+
     def drop_padding(self, rows: str, output: str) -> str:
         """Undo `pad_rows`, which must have padded."""
         return self._first(rows, self._tokens, output)
 
-    def _append(self, rows: str, width: int, count: str) -> str:
+    def _append(self, rows: str, width: int, count: str, output: str | None = None) -> str:
         """Append ``count`` zero rows, at most two."""
         zeros = self._first(self._zeros(width, 2), count)
-        return self.writer.node("Concat", [rows, zeros], axis=1)
+        return self.writer.node("Concat", [rows, zeros], output=output, axis=1)
 
     def _first(self, rows: str, end: str, output: str | None = None) -> str:
         return self.writer.node("Slice", [rows, self._whole("zero", 0), end, self._whole("one", 1)], output=output)
@@ -208,6 +237,13 @@ def build_block(
     ``past_key.i`` and ``past_value.i`` in ``kv``'s layout for each layer. Outputs: ``hidden_out`` like ``hidden``;
     ``present_key.i`` and ``present_value.i``, to be bound to the past's memory.
 
+    In the ragged variant ``hidden`` and ``hidden_out`` hold the rows of all sequences, one sequence after the other
+    (``[1, rows, d_model]``), ``seqlens_k`` and the caches have ``sequences`` in place of 1, and
+    ``total_sequence_length`` is the greatest of all. Further inputs: ``query_seqlens`` int32 ``[sequences]``, the
+    number of each sequence's rows with the dummy counted, 0 for a sequence that rests; ``packed_rows`` int64
+    ``[sequences, queries]``, which row of ``hidden`` stands at each place of the padded layout (any may stand for a
+    dummy or padding); ``padded_rows`` int64 ``[1, rows]``, the flattened place of each row of ``hidden``.
+
     Args:
         builder: of the segment.
         layers: the checkpoint's names of each layer's tensors.
@@ -217,10 +253,16 @@ def build_block(
         input_map: name of a square matrix that hidden states pass before the first layer, as a draft's do.
     """
     writer, arch = builder.writer, builder.arch
-    cache_shape: list[int | str] = [builder.batch, kv.kv_heads, "capacity", kv.row_width]
     residual = writer.input("hidden", [builder.batch, "tokens", arch.d_model])
-    writer.input("seqlens_k", [builder.batch], TensorProto.INT32)
     writer.input("total_sequence_length", [], TensorProto.INT32)
+    with writer.only(PLAIN):
+        writer.input("seqlens_k", [builder.batch], TensorProto.INT32)
+    if builder.ragged:
+        with writer.only(RAGGED):
+            for lengths in ("seqlens_k", "query_seqlens"):
+                writer.input(lengths, ["sequences"], TensorProto.INT32)
+            writer.input("packed_rows", ["sequences", "queries"], TensorProto.INT64)
+            writer.input("padded_rows", [1, "tokens"], TensorProto.INT64)
     for table, values in zip(("cos", "sin"), rope_tables(arch, max_length + 1), strict=True):
         writer.weight(table, values)
     residual = builder.pad_rows(residual)
@@ -228,9 +270,7 @@ def build_block(
         residual = builder.linear(residual, input_map, [input_map])
     branch = builder.zero_like(residual)
     for layer, names in layers.items():
-        for side in ("key", "value"):
-            writer.input(f"past_{side}.{layer}", cache_shape, CACHE_TYPES[kv.dtype])
-            writer.output(f"present_{side}.{layer}", cache_shape, CACHE_TYPES[kv.dtype])
+        _cache(builder, layer, kv)
         branch, residual = _layer(builder, layer, names, residual, branch, kv_scales.get(layer))
     if builder.even_rows:
         builder.drop_padding(writer.node("Add", [residual, branch]), output="hidden_out")
@@ -238,6 +278,16 @@ def build_block(
         writer.node("Add", [residual, branch], output="hidden_out")
     writer.output("hidden_out", [builder.batch, "tokens", arch.d_model])
     writer.save()
+
+
+def _cache(builder: SegmentBuilder, layer: int, kv: KVSpec) -> None:
+    """Declare a layer's keys and values, as input and as output."""
+    for variant, sequences in ((PLAIN, builder.batch), (RAGGED, "sequences"))[: 1 + builder.ragged]:
+        with builder.writer.only(variant):
+            for side in ("key", "value"):
+                shape: list[int | str] = [sequences, kv.kv_heads, "capacity", kv.row_width]
+                builder.writer.input(f"past_{side}.{layer}", shape, CACHE_TYPES[kv.dtype])
+                builder.writer.output(f"present_{side}.{layer}", shape, CACHE_TYPES[kv.dtype])
 
 
 def _layer(
@@ -285,21 +335,33 @@ def _attention(builder: SegmentBuilder, layer: int, qkv: str, kv_scales: KVScale
             writer.weight(f"layers.{layer}.key_scale", kv_scales.key.reshape(shape)),
             writer.weight(f"layers.{layer}.value_scale", kv_scales.value.reshape(shape)),
         ]
-    attended, _, _ = writer.node_outputs(
-        "GroupQueryAttention",
-        [
-            *(builder.rows_to_attend(qkv), "", "", f"past_key.{layer}", f"past_value.{layer}"),
+
+    def attend(rows: str, *query_seqlens: str) -> str:
+        inputs = [
+            *(rows, "", "", f"past_key.{layer}", f"past_value.{layer}"),
             *("seqlens_k", "total_sequence_length", "cos", "sin"),
             *scales,
-        ],
-        [writer.fresh("attended"), f"present_key.{layer}", f"present_value.{layer}"],
-        domain=CONTRIB,
-        num_heads=arch.heads,
-        kv_num_heads=arch.kv_heads,
-        do_rotary=1,
-        **attributes,
-    )
-    return builder.rows_attended(attended)
+        ]
+        if query_seqlens:
+            inputs += [""] * (16 - len(inputs)) + [*query_seqlens]
+        attended, _, _ = writer.node_outputs(
+            "GroupQueryAttention",
+            inputs,
+            [writer.fresh("attended"), f"present_key.{layer}", f"present_value.{layer}"],
+            domain=CONTRIB,
+            num_heads=arch.heads,
+            kv_num_heads=arch.kv_heads,
+            do_rotary=1,
+            **attributes,
+        )
+        return attended
+
+    with writer.only(PLAIN):
+        attended = builder.rows_attended(attend(builder.rows_to_attend(qkv)))
+    if builder.ragged:
+        with writer.only(RAGGED):
+            builder.rows_packed(attend(builder.rows_by_sequence(qkv), "query_seqlens"), output=attended)
+    return attended
 
 
 def build_head(builder: SegmentBuilder, norm: str, weight: str) -> None:

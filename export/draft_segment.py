@@ -96,7 +96,7 @@ def _write(
     build_head(vocabulary_builder, "final_norm", "head")
     vocabulary.astype("<u4").tofile(folder / VOCABULARY)
 
-    def segment(kind: Any, builder: SegmentBuilder, **fields: int) -> Segment:
+    def segment(kind: Any, builder: SegmentBuilder, **fields: Any) -> Segment:
         writer = builder.writer
         return Segment(
             name=f"draft-{writer.graph_path.stem}",

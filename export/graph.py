@@ -1,13 +1,16 @@
 """One ONNX file under construction, its weights streamed to an external data file as they come.
 
-Only the tensor in hand is in memory: `GraphWriter.weight` appends to the data file and keeps a reference.
+Only the tensor in hand is in memory: `GraphWriter.weight` appends to the data file and keeps a reference. So a second
+graph over the same weights costs a few kilobytes: `GraphWriter.only` marks what the one has and the other has not.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -19,12 +22,14 @@ INLINE_BYTES = 1024
 OPSET = 21
 IR_VERSION = 10
 CONTRIB = "com.microsoft"
+PLAIN = ""  # the variant that has no name of its own
 
 Dimension = int | str
+T = TypeVar("T")
 
 
 class GraphWriter:
-    """Builds ``<name>.onnx`` with ``<name>.onnx.data`` in a folder."""
+    """Builds ``<name>.onnx`` with ``<name>.onnx.data`` in a folder, and ``<name>.<variant>.onnx`` beside it."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.graph_path = folder / f"{name}.onnx"
@@ -32,21 +37,32 @@ class GraphWriter:
         self.offsets: dict[str, int] = {}
         self._name = name
         self._data = self.data_path.open("wb")
-        self._nodes: list[onnx.NodeProto] = []
+        # Each with the one variant that has it, None where all have.
+        self._nodes: list[tuple[str | None, onnx.NodeProto]] = []
+        self._inputs: list[tuple[str | None, onnx.ValueInfoProto]] = []
         self._weights: list[onnx.TensorProto] = []
-        self._inputs: list[onnx.ValueInfoProto] = []
-        self._outputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[tuple[str | None, onnx.ValueInfoProto]] = []
         self._shapes: list[onnx.ValueInfoProto] = []
         self._counter = itertools.count()
+        self._variant: str | None = None
+
+    @contextmanager
+    def only(self, variant: str) -> Iterator[None]:
+        """Declare inputs and outputs and append nodes that only one variant of the graph has."""
+        self._variant = variant
+        try:
+            yield
+        finally:
+            self._variant = None
 
     def input(self, name: str, shape: list[Dimension], dtype: int = TensorProto.FLOAT) -> str:
         """Declare a graph input."""
-        self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        self._inputs.append((self._variant, helper.make_tensor_value_info(name, dtype, shape)))
         return name
 
     def output(self, name: str, shape: list[Dimension], dtype: int = TensorProto.FLOAT) -> None:
         """Declare a graph output, produced by a node of that name."""
-        self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        self._outputs.append((self._variant, helper.make_tensor_value_info(name, dtype, shape)))
 
     def shape(self, name: str, shape: list[Dimension]) -> str:
         """State the shape of a float value where onnxruntime cannot infer it."""
@@ -87,23 +103,40 @@ class GraphWriter:
         self, op: str, inputs: list[str], outputs: list[str], *, domain: str = "", **attributes: Any
     ) -> list[str]:
         """Append a node with the outputs named; an empty name leaves one out."""
-        self._nodes.append(helper.make_node(op, inputs, outputs, domain=domain, **attributes))
+        self._nodes.append((self._variant, helper.make_node(op, inputs, outputs, domain=domain, **attributes)))
         return outputs
 
     def fresh(self, stem: str) -> str:
         """A value name that is not taken."""
         return f"{stem}.{next(self._counter)}"
 
+    def variant_path(self, variant: str) -> Path:
+        """Where a variant is written."""
+        return self.graph_path.with_suffix(f".{variant}.onnx") if variant else self.graph_path
+
     def save(self) -> None:
-        """Write the graph file and close the data file."""
+        """Write the graph file and those of its variants, and close the data file."""
         self._data.close()
-        graph = helper.make_graph(
-            self._nodes, self._name, self._inputs, self._outputs, self._weights, value_info=self._shapes
-        )
+        variants = {variant for variant, _ in self._nodes if variant}
+        for variant in (PLAIN, *sorted(variants)):
+            self.variant_path(variant).write_bytes(self._model(variant).SerializeToString())
+
+    def _model(self, variant: str) -> onnx.ModelProto:
+        nodes, inputs, outputs = _of(variant, self._nodes), _of(variant, self._inputs), _of(variant, self._outputs)
+        read = {name for node in nodes for name in node.input}
+        weights = [tensor for tensor in self._weights if tensor.name in read]
+        made = {name for node in nodes for name in node.output}
+        shapes = [shape for shape in self._shapes if shape.name in made]
+        graph = helper.make_graph(nodes, self._name, inputs, outputs, weights, value_info=shapes)
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
             producer_name="isthmus",
         )
         model.ir_version = IR_VERSION
-        self.graph_path.write_bytes(model.SerializeToString())
+        return model
+
+
+def _of(variant: str, entries: list[tuple[str | None, T]]) -> list[T]:
+    """What a variant has, of entries with the one that has them or None for all."""
+    return [entry for owner, entry in entries if owner in (None, variant)]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..quant.kv import KVScales
 from ..quant.opsc import Recipe
 from ..runtime.bundle import Architecture, Half, KVSpec, Segment, TensorRecord
-from .decoder import SegmentBuilder, block_names, build_block, build_head
+from .decoder import RAGGED, SegmentBuilder, block_names, build_block, build_head
 from .families.common import EMBEDDING, FINAL_NORM, HEAD
 from .graph import ALIGNMENT, GraphWriter
 from .progress import Progress
@@ -72,12 +72,21 @@ class SegmentWriter:
     def _block(self, half: Half, layers: range) -> Segment:
         name = f"block-{layers.start:02d}-{layers.stop - 1:02d}"
         writer = GraphWriter(self.root / half, name)
-        builder = SegmentBuilder(writer, self.arch, self.weights, block_names(layers))
+        ragged = half == "server"  # where sessions of many devices meet
+        builder = SegmentBuilder(writer, self.arch, self.weights, block_names(layers), ragged=ragged)
         names = {layer: self.family.tensors(self.arch, layer) for layer in layers}
         kv = KVSpec(self.recipe.kv_bits(layers.start), self.arch.kv_heads, self.arch.head_dim)
         build_block(builder, names, self.max_length, kv, self.kv_scales)
         bits = self.recipe.layer_bits(layers.start)
-        return self._segment("block", half, bits, builder, first_layer=layers.start, last_layer=layers.stop)
+        return self._segment(
+            "block",
+            half,
+            bits,
+            builder,
+            first_layer=layers.start,
+            last_layer=layers.stop,
+            ragged_graph_file=writer.variant_path(RAGGED).name if ragged else "",
+        )
 
     def _head(self) -> Segment:
         half: Half = "device" if self.recipe.split == self.recipe.layers else "server"
@@ -137,7 +146,7 @@ class SegmentWriter:
         table = np.ascontiguousarray(self.weights.read([EMBEDDING]), dtype)
         return [table], TensorRecord(precision.bits, 0, "float", True, table.nbytes)
 
-    def _segment(self, kind: Any, half: Half, bits: int, builder: SegmentBuilder, **fields: int) -> Segment:
+    def _segment(self, kind: Any, half: Half, bits: int, builder: SegmentBuilder, **fields: Any) -> Segment:
         writer = builder.writer
         return Segment(
             name=writer.graph_path.stem,

@@ -13,19 +13,31 @@ from ..devices.backend import default_threads
 from ..quant.codec import Codec
 from .bundle import Bundle, Manifest, open_bundle
 from .codecs import open_codec
+from .ragged import RaggedSession, RaggedStack
 from .sampling import Sampler, Sampling
-from .segments import Head, LayerStack, StackSession
+from .segments import Head, KVCache, LayerStack, StackSession
 
 
 class BackEngine:
-    """An opened back half. Not thread-safe: one thread runs all its sessions."""
+    """An opened back half. Not thread-safe: one thread runs all its sessions.
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    Args:
+        bundle: the server half.
+        threads: of onnxruntime.
+        together: most sessions at once of a server, which can then advance together; 0 where there is one.
+        capacity: most positions of each of these.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int, *, together: int = 0, capacity: int = 0) -> None:
         self._bundle = bundle
         self._codecs: dict[str, Codec] = {}
         self.manifest: Manifest = bundle.manifest
         self.manifest_sha256 = bundle.manifest_sha256
-        self._stack = LayerStack(bundle, threads)
+        self._stack: LayerStack | RaggedStack
+        if together:
+            self._stack = RaggedStack(bundle, threads, capacity=capacity, slots=together)
+        else:
+            self._stack = LayerStack(bundle, threads)
         self._head = Head(bundle, threads)
 
     @classmethod
@@ -47,6 +59,30 @@ class BackEngine:
             self._codecs[name] = open_codec(self._bundle, name)
         return self._codecs[name]
 
+    def advance(self, parts: Sequence[tuple[BackSession, NDArray[np.float32], int]]) -> None:
+        """Advance sessions, in one run if the engine was opened for that.
+
+        Args:
+            parts: each session once at most, its hidden states ``[tokens, d_model]``, and the number of the last rows
+                whose tokens will be asked for.
+        """
+        if not isinstance(self._stack, RaggedStack):
+            for session, hidden, _ in parts:
+                session.advance(hidden)
+            return
+        outputs = self._stack.forward([(session.cache, hidden) for session, hidden, _ in parts])
+        wanted = [rows[len(rows) - count :] for rows, (_, _, count) in zip(outputs, parts, strict=True)]
+        counts = [len(rows) for rows in wanted]
+        if sum(counts) > 1:
+            logits = self._head.logits_many(np.concatenate(wanted))
+            for (session, _, count), rows in zip(parts, np.split(logits, np.cumsum(counts)[:-1]), strict=True):
+                if count:
+                    session.take(rows)
+            return
+        for (session, _, _), rows in zip(parts, wanted, strict=True):
+            if len(rows):
+                session.take(self._head.logits(rows[0])[None].copy())
+
     @property
     def onnxruntime_seconds(self) -> float:
         """Time spent in onnxruntime so far, by all sessions."""
@@ -60,12 +96,13 @@ class BackEngine:
 class BackSession:
     """One generation's state behind the split."""
 
-    def __init__(self, stack: StackSession, head: Head, sampler: Sampler) -> None:
+    def __init__(self, stack: StackSession | RaggedSession, head: Head, sampler: Sampler) -> None:
         self._stack = stack
         self._head = head
         self._sampler = sampler
         self._sampled_at: list[int] = []  # the length at which each token was sampled
         self._rows: NDArray[np.float32] = np.empty((0, 0), np.float32)  # of the last advance, after the last layer
+        self._logits: NDArray[np.float32] | None = None  # of their last ones, if they are known already
 
     @property
     def length(self) -> int:
@@ -74,7 +111,16 @@ class BackSession:
 
     def advance(self, hidden: NDArray[np.float32]) -> None:
         """Run hidden states ``[tokens, d_model]`` through the back's layers."""
-        self._rows = self._stack.forward(hidden)
+        self._rows, self._logits = self._stack.forward(hidden), None
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of the back's layers."""
+        return self._stack.cache
+
+    def take(self, logits: NDArray[np.float32]) -> None:
+        """Take the logits ``[rows, vocab_size]`` of the last advanced positions, which others computed with theirs."""
+        self._logits = logits
 
     def rows(self, first: int, last: int) -> NDArray[Any]:
         """Keys and values of positions ``[first, last)``, see `isthmus.runtime.segments.KVCache.rows`."""
@@ -92,7 +138,8 @@ class BackSession:
 
     def sample(self) -> int:
         """The token after the last advanced position."""
-        token = self._sampler.sample(self._head.logits(self._rows[-1]), self.length)
+        logits = self._head.logits(self._rows[-1]) if self._logits is None else self._logits[-1]
+        token = self._sampler.sample(logits, self.length)
         self.accept(token, self.length)
         return token
 
@@ -107,7 +154,9 @@ class BackSession:
         """
         count = len(drafted)
         first = self.length - count
-        logits = self._head.logits_many(self._rows[len(self._rows) - count - 1 :])
+        logits = self._logits
+        if logits is None:
+            logits = self._head.logits_many(self._rows[len(self._rows) - count - 1 :])
         tokens: list[int] = []
         for row, guess in zip(logits, [*drafted, None], strict=True):
             token = self._sampler.sample(row, first + len(tokens))
@@ -130,4 +179,5 @@ class BackSession:
 
     def close(self) -> None:
         """Free the KV cache; the session is of no use afterwards."""
+        self._stack.close()
         del self._stack

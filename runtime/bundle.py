@@ -89,6 +89,7 @@ class TensorRecord:
 class Segment:
     """One ONNX graph, or the embedding table, with the layers ``[first_layer, last_layer)`` in it.
 
+    ``ragged_graph_file`` is a second graph over the same weights, for sessions that advance together, if there is one.
     ``bits`` and ``block_size`` are those of the recipe; ``tensors`` tells what each weight got, by a name such as
     ``layers.0.down``. The embedding has no graph: its rows are read from ``data_file`` at ``codes_offset`` (packed
     codes, one row after the other), ``scales_offset`` (float32, ``d_model / block_size`` a row) and, if it is not
@@ -103,6 +104,7 @@ class Segment:
     first_layer: int = 0
     last_layer: int = 0
     graph_file: str = ""
+    ragged_graph_file: str = ""
     data_file: str = ""
     codes_offset: int = 0
     scales_offset: int = 0

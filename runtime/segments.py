@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..errors import RequestError
 from ..quant.nbits import PACKED_BITS, PackedWeight, dequantize
 from .bundle import Bundle, KVSpec
 
+SIDES = ("key", "value")
 MAX_LANES = 8  # chunk lengths whose buffers are kept: one token, the prefill chunk, its remainder, drafts
 
 
@@ -89,17 +91,36 @@ class KVCache:
     Attributes:
         length: valid positions; the rows beyond are ignored, so that lowering it rolls back.
         capacity: positions that fit.
+        arrays: each layer's keys and values.
     """
 
     def __init__(self, layers: range, spec: KVSpec, capacity: int) -> None:
+        # calloc: pages that no position has reached yet take no memory.
+        arrays = {(side, layer): np.zeros(spec.shape(capacity), spec.dtype) for layer in layers for side in SIDES}
+        self._hold(arrays, capacity)
+
+    @classmethod
+    def over(cls, arrays: dict[tuple[str, int], NDArray[Any]], capacity: int) -> KVCache:
+        """An empty cache in memory that is there already: of each layer's sides, ``[1, kv_heads, rows, row_width]``."""
+        cache = cls.__new__(cls)
+        cache._hold(arrays, capacity)
+        return cache
+
+    def _hold(self, arrays: dict[tuple[str, int], NDArray[Any]], capacity: int) -> None:
         self.length = 0
         self.capacity = capacity
-        # calloc: pages that no position has reached yet take no memory.
-        self._arrays = {
-            (side, layer): np.zeros(spec.shape(capacity), spec.dtype) for layer in layers for side in ("key", "value")
-        }
-        self.values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._arrays.items()}
-        self._layers = len(layers)
+        self.arrays = arrays
+
+    @cached_property
+    def values(self) -> dict[tuple[str, int], ort.OrtValue]:
+        """The arrays, as onnxruntime binds them."""
+        return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.arrays.items()}
+
+    def move(self, arrays: dict[tuple[str, int], NDArray[Any]]) -> None:
+        """Copy the valid positions to other memory, and live there from now on."""
+        for name, array in arrays.items():
+            array[:, :, : self.length] = self.arrays[name][:, :, : self.length]
+        self.arrays = arrays
 
     def rows(self, first: int, last: int) -> NDArray[Any]:
         """A copy of the keys and values of positions ``[first, last)``, as stored.
@@ -112,10 +133,10 @@ class KVCache:
         """
         if not 0 <= first <= last <= self.length:
             raise RequestError(f"keys and values of positions {first} to {last}: must lie between 0 and {self.length}")
-        if not self._arrays:
+        if not self.arrays:
             return np.empty((0, 2, 0, last - first, 0), np.float32)
-        parts = np.stack([array[0, :, first:last] for array in self._arrays.values()])
-        return parts.reshape(self._layers, 2, *parts.shape[1:])
+        parts = np.stack([array[0, :, first:last] for array in self.arrays.values()])
+        return parts.reshape(len(self.arrays) // 2, 2, *parts.shape[1:])
 
     def append(self, rows: NDArray[Any]) -> None:
         """Append the keys and values of further positions, shaped and stored like `rows`.
@@ -126,8 +147,8 @@ class KVCache:
         last = self.length + rows.shape[3]
         if last > self.capacity:
             raise RequestError(f"{last} positions: this session was opened for {self.capacity}")
-        parts = rows.reshape(len(self._arrays), *rows.shape[2:])
-        for array, part in zip(self._arrays.values(), parts, strict=True):
+        parts = rows.reshape(len(self.arrays), *rows.shape[2:])
+        for array, part in zip(self.arrays.values(), parts, strict=True):
             array[0, :, self.length : last] = part
         self.length = last
 
@@ -231,6 +252,11 @@ class StackSession:
         cache.length += tokens
         return lane.hidden_out[0]
 
+    def close(self) -> None:
+        """Free the KV cache; the session is of no use afterwards."""
+        self._lanes.clear()
+        del self.cache
+
     def _lane(self, tokens: int) -> _Lane:
         lane = self._lanes.get(tokens)
         if lane is None:
@@ -252,7 +278,7 @@ class StackSession:
             binding.bind_ortvalue_input("seqlens_k", self._seqlens_value)
             binding.bind_ortvalue_input("total_sequence_length", self._total_value)
             for layer in range(segment.first_layer, segment.last_layer):
-                for side in ("key", "value"):
+                for side in SIDES:
                     value = self.cache.values[side, layer]
                     binding.bind_ortvalue_input(f"past_{side}.{layer}", value)
                     binding.bind_ortvalue_output(f"present_{side}.{layer}", value)

@@ -18,7 +18,9 @@ from isthmus.export.catalog import pull
 from isthmus.export.export import export_bundle
 from isthmus.runtime.bundle import Manifest, open_bundle
 from isthmus.runtime.draft_bundle import open_draft
+from isthmus.runtime.edge.load import record, replay
 from isthmus.runtime.edge.model import EdgeModel
+from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
 
@@ -121,6 +123,21 @@ def test_drafts_of_every_kind_change_no_token(mixed: Path, codec: str) -> None:
                 plain = model.generate(prompt, max_new_tokens=NEW_TOKENS, draft="off").token_ids
                 for way in ways:
                     assert model.generate(prompt, max_new_tokens=NEW_TOKENS, draft=way).token_ids == plain
+
+
+def test_sessions_together_get_the_tokens_of_sessions_in_turn(mixed: Path) -> None:
+    security = ChannelSecurity(insecure=True)
+    plaintext = ServerSecurity(insecure=True)
+    one_at_a_time = ServerLimits(max_batch=1)
+    with BackServer.from_bundle(mixed / "server", security=plaintext, limits=one_at_a_time) as server:
+        recordings = record(
+            mixed / "device", server.address, prompt_tokens=(1, 7, 40, 150), new_tokens=NEW_TOKENS, security=security
+        )
+    with BackServer.from_bundle(mixed / "server", security=plaintext) as server:
+        for sessions in (5, 24):
+            report = replay(recordings, server.address, sessions=sessions, security=security)
+            assert report.identical
+            assert report.to_dict()["finished"] == sessions
 
 
 def test_a_long_generation_ends_just_above_its_predicted_peak_and_is_refused_below_it(mixed: Path) -> None:

@@ -51,6 +51,26 @@ def total(reports: Sequence[StepReport]) -> StepReport:
     return StepReport(reports[-1].token, *(sum(costs) for costs in zip(*(each[1:] for each in reports), strict=True)))
 
 
+class Replay(NamedTuple):
+    """A session that was made again.
+
+    Attributes:
+        address: of the server that has it now.
+        token: number of the token in the middle of which it was lost, counted from 1 over prompt and generated ones.
+        steps: that were sent again.
+        bytes_up: of these.
+        seconds: from the loss until the session stood where it had been.
+        reason: why the session was lost.
+    """
+
+    address: str
+    token: int
+    steps: int
+    bytes_up: int
+    seconds: float
+    reason: str
+
+
 class Move(NamedTuple):
     """A generation's change of place behind the split.
 
@@ -89,6 +109,11 @@ class Back(Protocol):
         """Where the session went, so far."""
         ...
 
+    @property
+    def replays(self) -> Sequence[Replay]:
+        """How often it was made again, so far."""
+        ...
+
     def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> None:
         """Begin a session of at most ``max_tokens`` positions."""
         ...
@@ -114,6 +139,7 @@ class LocalBack:
     source = "local"
     round_trips = 0
     moves: Sequence[Move] = ()
+    replays: Sequence[Replay] = ()
 
     def __init__(self, head: Head) -> None:
         self._head = head

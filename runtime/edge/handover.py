@@ -22,7 +22,7 @@ from ...errors import LinkError, RequestError
 from ..back import BackEngine, BackSession
 from ..bundle import Manifest
 from ..sampling import Sampling
-from .generate import PREFILL_CHUNK, Move, StepReport, Token, total
+from .generate import PREFILL_CHUNK, Move, Replay, StepReport, Token, total
 
 if TYPE_CHECKING:  # gRPC loads only where a server is used
     from .link import RemoteBack
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 Send = Literal["kv", "hidden"]
 
 LATE_TOKENS = 2  # in a row, until a deadline counts as missed: one may be a hiccup
-REATTACH_ATTEMPTS = 4  # about a second on a link that refuses at once: the device need not wait, it can go on alone
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,7 @@ class OwnBack:
     source = "local"
     round_trips = 0
     moves: Sequence[Move] = ()
+    replays: Sequence[Replay] = ()
 
     def __init__(self, engine: Callable[[], BackEngine]) -> None:
         self._engine = engine
@@ -147,10 +147,12 @@ class MovingBack:
 
     Args:
         own: the device's copy of the back.
-        remote: the server's back; a device that can go on alone need not wait long for it (`REATTACH_ATTEMPTS`).
+        remote: the server's back, opened with ``on_server_loss="local"``: a device that can go on alone need not wait.
         manifest: of both.
         plan: when the session moves to the server; None begins there.
     """
+
+    replays: Sequence[Replay] = ()
 
     def __init__(self, own: OwnBack, remote: RemoteBack, manifest: Manifest, plan: HandOver | None = None) -> None:
         self.source = "local" if plan else "server"

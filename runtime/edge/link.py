@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +27,19 @@ from ..wire.framing import (
     hello_message,
     kv_message,
     open_message,
+    renumbered_step,
     step_message,
 )
 from ..wire.kv import encode_rows
 from ..wire.security import ChannelSecurity
 from ..wire.stream import ClientStream
 from ..wire.transport import PIPELINE_DEPTH, RESULTS_KEPT
-from .generate import Move, StepReport
+from .generate import Move, Replay, StepReport
+from .journal import JOURNAL_BYTES, Journal, context_of
 from .verification import Answer, Question, checked_tokens
+
+if TYPE_CHECKING:
+    from .model import OnServerLoss
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +50,13 @@ _CLOSE_TIMEOUT_S = 2.0  # a server that does not answer a Close frees the sessio
 _WORST_BYTES_PER_VALUE = 8  # above every codec's expansion, so that a full frame stays below max_frame_bytes
 _KV_CHUNK_BYTES = 1 << 18  # as steps without an answer are bounded in time: 2 s of 1 Mbit/s
 _KV_MESSAGE_BYTES = 64  # of a step with keys and values, the payload aside
-MAX_REATTACH = 7
+MAX_ATTEMPTS = 8  # to restore a session at one address; their pauses last about 20 seconds together
+LOCAL_ATTEMPTS = 4  # about a second on a link that refuses at once: the device need not wait, it can go on alone
+WAIT_S = 600.0  # that `wait` waits for a server
+# Faults by which a server says that a session is lost, though the stream is whole.
+_SESSION_LOST = ("SESSION_UNKNOWN", "INTERNAL", "DRAINING")
+_TRY_AGAIN = ("SERVER_FULL", "DRAINING", "INTERNAL", "BAD_CRC", "OUT_OF_ORDER")
+
 _MAX_RESENDS = 4  # of one step on a link that damages it; then the link is not worth having
 
 
@@ -66,7 +77,10 @@ class _Session:
     questions: deque[Question] = field(default_factory=deque)  # submitted steps that were not collected
     round: int = 0
     resends: int = 0  # since the last result
-    attempts: int = 0  # to attach again, since the last result
+    attempts: int = 0  # to restore it, since the last result
+    opening: tuple[int, Sampling, tuple[int, ...]] = (0, Sampling(), ())
+    journal: Journal = field(default_factory=Journal)
+    lost: bool = False  # no server has it any more
     bytes_up: int = 0  # of steps, those sent again included
     told_up: int = 0  # of them, those in a report
     bytes_down: int = 0
@@ -76,10 +90,12 @@ class RemoteBack:
     """The back half on a server. One object carries one session at a time; it is used from one thread.
 
     The stream under the session is disposable: if it breaks, or a step's result does not come in time, a new
-    one attaches to the session and the steps without a result are sent again, byte for byte.
+    one attaches to the session and the steps without a result are sent again, byte for byte. If the session itself is
+    lost with its server, it is made again from the journal of what was sent, there or on another server; the tokens
+    that follow are the same.
 
     Args:
-        address: ``HOST:PORT`` of the server.
+        addresses: ``HOST:PORT`` of servers with the same half; the first that grants a session gets it.
         manifest_sha256: of the device half; the server's must be equal.
         split: first layer on the server.
         d_model: width of the hidden states.
@@ -87,8 +103,10 @@ class RemoteBack:
         security: TLS and what it trusts, or plaintext.
         connect_timeout: seconds for connection and handshake.
         step_timeout: seconds for one result, and for opening a session.
-        max_reattach: new streams that are tried, with growing pauses, without a result in between. The
-            default's pauses last about 20 seconds together, less than a lease.
+        on_server_loss: ``replay`` restores a session as above, in `MAX_ATTEMPTS` for each address with growing pauses;
+            ``wait`` goes on trying for `WAIT_S`; ``local`` only attaches again, a few times, because the device can go
+            on alone; ``fail`` does neither.
+        journal_bytes: that are kept to make a session again.
     """
 
     source = "server"
@@ -96,7 +114,7 @@ class RemoteBack:
 
     def __init__(
         self,
-        address: str,
+        addresses: str | Sequence[str],
         *,
         manifest_sha256: str,
         split: int,
@@ -105,18 +123,22 @@ class RemoteBack:
         security: ChannelSecurity,
         connect_timeout: float = 5.0,
         step_timeout: float = 30.0,
-        max_reattach: int = MAX_REATTACH,
+        on_server_loss: OnServerLoss = "replay",
+        journal_bytes: int = JOURNAL_BYTES,
     ) -> None:
         self.round_trips = 0  # one after the other: steps on their way together count once
         self.reattached = 0  # streams that took over from a broken one
-        self._address = address
+        self.replays: list[Replay] = []
+        self._addresses = [addresses] if isinstance(addresses, str) else list(addresses)
+        self._address = self._addresses[0]
+        self._on_server_loss = on_server_loss
+        self._journal_bytes = journal_bytes if on_server_loss in ("wait", "replay") else 0
         self._hello = hello_message(manifest_sha256, split, codec.name)
         self._d_model = d_model
         self._codec = codec
         self._security = security
         self._connect_timeout = connect_timeout
         self._step_timeout = step_timeout
-        self._max_reattach = max_reattach
         self._stream: ClientStream | None = None
         self._limits: pb.Limits | None = None
         self._minor = 0
@@ -180,10 +202,23 @@ class RemoteBack:
         """
         if self._stream is not None:
             raise RequestError("the link carries a session already; close() it first")
-        self._session = _Session()
+        opening = max_tokens, sampling, tuple(context_ids)
+        self._session = _Session(opening=opening, journal=Journal(self._journal_bytes))
+        request = open_message(max_tokens, sampling, context_ids)
+        for address in self._addresses[:-1]:
+            try:
+                self._open(address, request)
+                return
+            except LinkError as error:
+                logger.warning("%s; trying the next address", error)
+        self._open(self._addresses[-1], request)
+
+    def _open(self, address: str, request: bytes) -> None:
+        """Connect to an address and begin a session there."""
         # Hello and Open travel together: that saves a round trip, and a server that refuses the first
         # ignores the rest.
-        self._connect(open_message(max_tokens, sampling, context_ids))
+        self._address = address
+        self._connect(request)
         try:
             self._session.id = self._expect("opened", self._step_timeout).opened.session
         except BaseException:
@@ -216,7 +251,7 @@ class RemoteBack:
         started = perf_counter()
         payload = self._codec.encode(hidden, token_ids)
         message = step_message(self._session.last_step + 1, position, len(hidden), sample, payload)
-        return self._exchange(message, started, sample=sample)
+        return self._exchange(message, position, started, sample=sample)
 
     @property
     def verifies(self) -> bool:
@@ -267,6 +302,7 @@ class RemoteBack:
         trip = self.round_trips + 1
         session.questions.append(Question(session.last_step, position, ids, drafted, trip, sent - started, sent))
         session.unacknowledged.append((session.last_step, message))
+        session.journal.sent(session.last_step, position, message)
         self._send_step(message)
 
     def answered(self) -> bool:
@@ -285,17 +321,14 @@ class RemoteBack:
                 sent; `close` the link then.
         """
         session = self._session
-        question = session.questions[0]
         self._live_stream()
         bytes_down = session.bytes_down
-        results: list[pb.Result] = []
-        while not results or results[-1].step < question.step:
-            result = self._receive_result()
-            if result is not None:
-                results.append(result)
-        session.questions.popleft()
+        last: pb.Result | None = None
+        # A session that is made again on the way numbers its steps anew.
+        while last is None or last.step < session.questions[0].step:
+            last = self._receive_result()
+        question = session.questions.popleft()
         self.round_trips = max(self.round_trips, question.trip)
-        last = results[-1]
         bytes_up, session.told_up = session.bytes_up - session.told_up, session.bytes_up
         report = StepReport(
             bytes_up=bytes_up,
@@ -330,15 +363,16 @@ class RemoteBack:
             tokens=tokens, first_layer=first_layer, last_layer=first_layer + layers, coding=coding, payload=payload
         )
         message = kv_message(self._session.last_step + 1, position, chunk)
-        return self._exchange(message, started, sample=False)
+        return self._exchange(message, position, started, sample=False)
 
-    def _exchange(self, message: bytes, started: float, *, sample: bool) -> StepReport:
+    def _exchange(self, message: bytes, position: int, started: float, *, sample: bool) -> StepReport:
         """Send the next step; take in what results there are, or are due."""
         encoded = perf_counter()
         session = self._session
         bytes_up, bytes_down = session.bytes_up, session.bytes_down
         session.last_step += 1
         session.unacknowledged.append((session.last_step, message))
+        session.journal.sent(session.last_step, position, message)
         self._send_step(message)
         results: list[pb.Result] = []
         while len(session.unacknowledged) >= (1 if sample else PIPELINE_DEPTH):
@@ -432,7 +466,7 @@ class RemoteBack:
         except (ProtocolError, SecurityError):
             raise
         except LinkError as error:
-            self._reattach(error)
+            self._restore(error)
             return None
         session = self._session
         session.bytes_down += message.ByteSize()
@@ -448,7 +482,12 @@ class RemoteBack:
                     self._resend(message.fault.expected_step)
                 return None
             case "fault":
-                raise fault_error(message.fault)
+                fault = fault_error(message.fault)
+                if fault.code not in _SESSION_LOST or not self._journal_bytes:
+                    raise fault
+                session.lost = True
+                self._restore(fault)
+                return None
             case body:
                 raise ProtocolError("BAD_REQUEST", f"{self._address} answered {body} where a result was due")
 
@@ -461,6 +500,7 @@ class RemoteBack:
         while session.unacknowledged and session.unacknowledged[0][0] <= result.step:
             session.unacknowledged.popleft()
         session.acknowledged = result.step
+        session.journal.answered(result)
         session.resends = session.attempts = 0
         return result
 
@@ -474,37 +514,116 @@ class RemoteBack:
             if step >= first:
                 self._send_step(message)
 
-    def _reattach(self, reason: LinkError) -> None:
-        """Carry the session over to a new stream, and send again what the server has not done."""
+    def _restore(self, reason: LinkError) -> None:
+        """Attach to the session again, or make it again; send again what the server has not done.
+
+        Raises:
+            LinkError: neither could be done in as many attempts, or as much time, as the policy allows.
+        """
         session = self._session
-        deadline = time.monotonic() + self.lease_s  # later there is no session to attach to
-        attach = pb.Attach(session=session.id, last_acknowledged_step=session.acknowledged)
-        request = pb.ClientMessage(attach=attach).SerializeToString()
-        attached: pb.Attached | None = None
-        while attached is None:
+        started, cause = time.monotonic(), reason
+        lease_end, home = started + self.lease_s, self._address
+        order = [home, *(address for address in self._addresses if address != home)]
+        while True:
             self._disconnect()
-            if session.attempts >= self._max_reattach or time.monotonic() > deadline:
-                raise LinkError(
-                    f"{reason}; {session.attempts} attempts to attach again failed: start the generation again"
-                ) from reason
-            delay = _delay_before(session.attempts)
+            self._check_patience(reason, started, len(order))
+            delay = _delay_before(session.attempts // len(order))
+            address = order[session.attempts % len(order)]
             session.attempts += 1
             level = logging.WARNING if session.attempts == 1 else logging.INFO  # one line a break is enough
-            logger.log(level, "%s; attaching again, attempt %d in %.1f s", reason, session.attempts, delay)
+            logger.log(level, "%s; trying %s, attempt %d, in %.1f s", reason, address, session.attempts, delay)
             time.sleep(delay)
             try:
-                self._connect(request)
-                attached = self._expect("attached", self._step_timeout).attached
-            except (ProtocolError, SecurityError):
-                raise  # neither gets better with time
+                if address == home and not session.lost and time.monotonic() < lease_end:
+                    self._attach()
+                elif self._journal_bytes:
+                    self._replay(address, cause, started)
+                else:
+                    raise reason
+                return
+            except SecurityError as error:
+                reason = self._without(order, address, error)
+            except ProtocolError as error:
+                if error.code == "SESSION_UNKNOWN" and self._journal_bytes:
+                    session.lost, session.attempts = True, session.attempts - 1  # this address may well have room
+                    reason = error
+                elif error.code in _TRY_AGAIN and self._journal_bytes:
+                    session.lost |= address == home
+                    reason = error
+                else:
+                    reason = self._without(order, address, error)
             except LinkError as error:
                 reason = error
+
+    def _check_patience(self, reason: LinkError, started: float, addresses: int) -> None:
+        """Raise the error that ends the generation, once the policy allows no further attempt."""
+        attempts = self._session.attempts
+        match self._on_server_loss:
+            case "fail":
+                raise reason
+            case "local":
+                patient = attempts < LOCAL_ATTEMPTS
+            case "wait":
+                patient = time.monotonic() - started < WAIT_S
+            case "replay":
+                patient = attempts < MAX_ATTEMPTS * addresses
+        if not patient:
+            raise LinkError(
+                f"{reason}; {attempts} attempts to restore the session failed: start the generation again, give "
+                "further addresses, or wait longer (--on-server-loss wait)"
+            ) from reason
+
+    @staticmethod
+    def _without(order: list[str], address: str, error: LinkError) -> LinkError:
+        """Give an address up whose refusal does not get better with time; raise that if it was the last one."""
+        if len(order) == 1:
+            raise error
+        order.remove(address)
+        logger.warning("%s; not trying %s again", error, address)
+        return error
+
+    def _attach(self) -> None:
+        """Carry the session over to a new stream."""
+        session = self._session
+        attach = pb.Attach(session=session.id, last_acknowledged_step=session.acknowledged)
+        self._connect(pb.ClientMessage(attach=attach).SerializeToString())
+        attached = self._expect("attached", self._step_timeout).attached
         self.reattached += 1
         session.on_the_way.clear()
         for _ in range(min(attached.last_step - session.acknowledged, RESULTS_KEPT if self.verifies else 1)):
             session.on_the_way.append(session.round)  # the results of these follow
         if attached.last_step < session.last_step:
             self._resend(attached.last_step + 1)
+
+    def _replay(self, address: str, reason: LinkError, started: float) -> None:
+        """Make the session again at an address: what was done, then what was on its way."""
+        session = self._session
+        messages, chosen = session.journal.replay(session.acknowledged)
+        max_tokens, sampling, context_ids = session.opening
+        self._open(address, open_message(max_tokens, sampling, context_of(context_ids, chosen)))
+        sent_before = session.bytes_up
+        for number, message in enumerate(messages):
+            if number >= PIPELINE_DEPTH:
+                self._expect("result", self._step_timeout)
+            session.bytes_up += len(message)
+            self._live_stream().send(message)
+        for _ in messages[-PIPELINE_DEPTH:]:
+            self._expect("result", self._step_timeout)
+        numbers = {step: len(messages) + place for place, (step, _) in enumerate(session.unacknowledged, 1)}
+        session.journal.renumber(session.acknowledged, numbers)
+        session.unacknowledged = deque(
+            (numbers[step], renumbered_step(message, numbers[step])) for step, message in session.unacknowledged
+        )
+        session.questions = deque(each._replace(step=numbers[each.step]) for each in session.questions)
+        session.acknowledged, session.last_step = len(messages), len(messages) + len(numbers)
+        session.lost = False
+        session.on_the_way.clear()
+        seconds, bytes_up = time.monotonic() - started, session.bytes_up - sent_before
+        token = 1 + max((question.position for question in session.questions), default=session.journal.length)
+        self.replays.append(Replay(address, token, len(messages), bytes_up, seconds, str(reason)))
+        logger.warning("the session goes on at %s: %d steps replayed in %.2f s", address, len(messages), seconds)
+        if numbers:
+            self._resend(len(messages) + 1)
 
 
 def _delay_before(attempt: int) -> float:

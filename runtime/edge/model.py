@@ -27,7 +27,7 @@ from .controller import Controller, PacedCodec
 from .draft_pace import DraftPace
 from .drafting import MAX_DRAFTS, DraftedTokens
 from .generate import PREFILL_CHUNK, Back, LocalBack, generate_tokens
-from .handover import REATTACH_ATTEMPTS, HandOver, MovingBack, OwnBack
+from .handover import HandOver, MovingBack, OwnBack
 from .stream import Generation, TextStream, TokenStream
 from .trained_draft import TrainedDraft
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+OnServerLoss = Literal["wait", "replay", "local", "fail"]
 DraftMode = Literal["auto", "off", "chain", "tree", "ngram"]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -68,6 +69,7 @@ class EdgeModel:
         draft: DraftMode = "auto",
         draft_length: int | None = None,
         overlap: bool = True,
+        on_server_loss: OnServerLoss | None = None,
     ) -> None:
         """Open ``OUT/device``; nothing is sent before the first generation.
 
@@ -75,7 +77,8 @@ class EdgeModel:
             folder: the device half of a bundle.
             server: ``HOST:PORT`` of the server half; needed exactly if the bundle is split. Where the device holds
                 all layers nevertheless, it may stay away: then they all run here; with a server the model is split as
-                usual, and goes on here if that is lost.
+                usual, and goes on here if that is lost. Several addresses with commas between them are servers with the
+                same half, for when one is full or lost.
             security: how to reach the server; by default TLS with the system's authorities.
             codec: what hidden states are sent in, one of the manifest's; by default ``klt`` if export calibrated it,
                 else ``tabq``, and ``ids`` if the whole model is on the server.
@@ -92,6 +95,10 @@ class EdgeModel:
                 ``off`` none.
             draft_length: most guesses that wait for an answer; by default as many as pay, at most `MAX_DRAFTS`.
             overlap: whether the device guesses on while it waits.
+            on_server_loss: ``replay`` makes a lost session again, on the same server or another one, from what was
+                sent; ``wait`` does so, too, and has more patience; ``local`` goes on with the device's own copy of the
+                layers; ``fail`` gives up. By default ``local`` if there is a copy, else ``replay``. No text depends on
+                it, but for rounding in the codec where the device goes on alone.
 
         Raises:
             BundleError: the folder is no intact device half.
@@ -116,6 +123,7 @@ class EdgeModel:
                 f"context={context}: must lie between 2 and {manifest.max_length}, for which this bundle was exported"
             )
         self._server, self._deadline_ms = server, deadline_ms
+        self._on_server_loss = self._checked_policy(on_server_loss)
         if draft_length is not None and not 1 <= draft_length <= MAX_DRAFTS:
             raise RequestError(f"draft length {draft_length}: must lie between 1 and {MAX_DRAFTS}")
         self._draft = self._checked_draft(draft)
@@ -368,6 +376,24 @@ class EdgeModel:
             )
         return Controller(self._deadline_ms / 1e3, level=self._level, levels=len(self._levels))
 
+    def _checked_policy(self, policy: OnServerLoss | None) -> OnServerLoss:
+        """What is done when the server is lost, as far as this bundle can do it."""
+        whole = self.manifest.whole_on_device and not self.manifest.device_only
+        if policy is None:
+            return "local" if whole else "replay"
+        if policy not in get_args(OnServerLoss):
+            raise RequestError(f"on_server_loss={policy!r}: must be one of {', '.join(get_args(OnServerLoss))}")
+        if policy == "local" and not whole:
+            raise RequestError(
+                "on_server_loss='local': the device has no layers to go on with; export with --device-layers all, or "
+                "choose replay"
+            )
+        if policy in ("replay", "wait") and whole:
+            raise RequestError(
+                f"on_server_loss={policy!r}: with its own copy of the layers the device goes on at once; choose local"
+            )
+        return policy
+
     def _checked_draft(self, draft: DraftMode) -> DraftMode:
         """How to draft; ``auto`` is off where nothing can be drafted."""
         if draft not in get_args(DraftMode):
@@ -418,15 +444,15 @@ class EdgeModel:
             return own
         # gRPC loads only where a server is used.
         from ..wire.security import ChannelSecurity
-        from .link import MAX_REATTACH, RemoteBack
+        from .link import RemoteBack
 
         remote = RemoteBack(
-            self._server,
+            self._server.split(","),
             manifest_sha256=self.manifest_sha256,
             split=self.manifest.split,
             d_model=self.manifest.architecture.d_model,
             codec=codec,
             security=self._security or ChannelSecurity(),
-            max_reattach=REATTACH_ATTEMPTS if whole else MAX_REATTACH,
+            on_server_loss=self._on_server_loss,
         )
         return MovingBack(own, remote, self.manifest, hand_over) if whole else remote

@@ -11,7 +11,7 @@ from ..sampling import Sampling
 from ..text import Detokenizer, StopStrings, Tokenizer
 from .controller import Controller, LevelChange
 from .drafting import DraftCounts
-from .generate import Back, Move, Token
+from .generate import Back, Move, Replay, Token
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Generation:
         prompt_ids: token ids of the prompt.
         sampling: how tokens were chosen.
         manifest_sha256: of the export; with the two before, another run of it repeats this one.
+        replays: of a session that was lost with its server.
     """
 
     text: str
@@ -52,6 +53,7 @@ class Generation:
     prompt_ids: list[int] = field(default_factory=list)
     sampling: Sampling = field(default_factory=Sampling)
     manifest_sha256: str = ""
+    replays: tuple[Replay, ...] = ()
 
     @property
     def tokens_per_round_trip(self) -> float | None:
@@ -100,6 +102,7 @@ class Generation:
         result["tokens_per_round_trip"] = self.tokens_per_round_trip
         result["late_tokens"] = self.late_tokens
         result["level_changes"] = [change._asdict() for change in self.level_changes]
+        result["replays"] = [replay._asdict() for replay in self.replays]
         result["moves"] = [move._asdict() for move in self.moves]
         return result
 
@@ -161,6 +164,11 @@ class TokenStream:
     def moves(self) -> tuple[Move, ...]:
         """Where the session went, so far."""
         return tuple(self._back.moves)
+
+    @property
+    def replays(self) -> tuple[Replay, ...]:
+        """How often the session was made again, so far."""
+        return tuple(self._back.replays)
 
     def close(self, *, cancel: bool = False) -> None:
         """End the session, here and on the server; with ``cancel`` drop the steps on their way. Safe to call twice."""
@@ -242,6 +250,7 @@ class TextStream:
             deadline_ms=self._tokens.deadline_ms,
             level_changes=self._tokens.level_changes,
             moves=self._tokens.moves,
+            replays=self._tokens.replays,
             drafts=self._tokens.drafts,
             prompt_ids=self._tokens.prompt_ids,
             sampling=self._tokens.sampling,

@@ -1,13 +1,9 @@
-"""What the server needs of a back half, and the one thread from which an engine and its sessions are called."""
+"""What the server needs of a back half."""
 
 from __future__ import annotations
 
-import asyncio
-import queue
-import threading
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +12,6 @@ from ...quant.codec import Codec
 from ..bundle import Manifest
 from ..sampling import Sampling
 
-T = TypeVar("T")
-
 
 class ComputeSession(Protocol):
     """One generation's KV cache and sampler."""
@@ -25,10 +19,6 @@ class ComputeSession(Protocol):
     @property
     def length(self) -> int:
         """Positions in the KV cache."""
-        ...
-
-    def advance(self, hidden: NDArray[np.float32]) -> None:
-        """Append hidden states ``[tokens, d_model]``."""
         ...
 
     def append_rows(self, rows: NDArray[Any]) -> None:
@@ -78,60 +68,10 @@ class ComputeEngine(Protocol):
         """Allocate a session of at most ``max_tokens`` positions."""
         ...
 
+    def advance(self, parts: Sequence[tuple[Any, NDArray[np.float32], int]]) -> None:
+        """Append hidden states ``[tokens, d_model]`` to each of some sessions; tokens of so many last rows follow."""
+        ...
+
     def kv_bytes(self, max_tokens: int) -> int:
         """Bytes of KV cache that such a session takes."""
         ...
-
-
-class _Job(NamedTuple):
-    answer: asyncio.Future[Any]
-    function: Callable[..., object]
-    arguments: tuple[object, ...]
-
-
-class ComputeThread:
-    """Runs functions for an event loop, one after the other, in the order in which they were handed over.
-
-    A `ThreadPoolExecutor` of one worker does the same; this spares a tenth of a millisecond a step.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="isthmus-compute", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._jobs.put(None)
-        self._thread.join()
-
-    def run(self, function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
-        """Hand a function over, and await its result. If that is cancelled before its turn, it is not called."""
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._jobs.put(_Job(answer, function, arguments))
-        return answer
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if job.answer.cancelled():
-                continue
-            result, failure = None, None
-            try:
-                result = job.function(*job.arguments)
-            except BaseException as error:  # whatever it is, it belongs to the caller
-                failure = error
-            job.answer.get_loop().call_soon_threadsafe(_settle, job.answer, result, failure)
-            del job, result, failure  # the wait for the next job must not keep a closed session's KV
-
-
-def _settle(answer: asyncio.Future[Any], result: object, failure: BaseException | None) -> None:
-    if answer.cancelled():
-        return
-    if failure is None:
-        answer.set_result(result)
-    else:
-        answer.set_exception(failure)

@@ -18,12 +18,17 @@ class ServerLimits:
 
     # Open sessions, those without a stream included. A turn of all must stay within a step's deadline.
     max_sessions: int = 64
+    # Of one device, where clients show certificates: nobody takes all places.
+    max_sessions_per_device: int = 16
     # KV caches of all sessions together, in bytes. Reserved at Open, so that no step meets a full memory.
     kv_bytes: int = 4 << 30
     # Prompt and new tokens of a session. The bundle's max_length lowers it.
     max_session_tokens: int = 1 << 17
-    # Tokens of a frame. The compute thread is busy with one frame at a time while the other sessions wait.
+    # Tokens of a frame.
     max_frame_tokens: int = 512
+    # Sessions that advance in one run. More give more tokens/s together, and each waits longer for its own: at 32 rows
+    # the matrix products have reached the speed of long prompts. 1 serves one step at a time.
+    max_batch: int = 32
     # One Step, everything included. Below gRPC's limit, so that a fault can name the size.
     max_frame_bytes: int = 4_000_000
     # Seconds that a session outlives its stream. A phone that changes networks is back in a few; a longer

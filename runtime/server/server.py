@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from concurrent.futures import Future
 from dataclasses import replace
@@ -18,10 +19,15 @@ from ..bundle import open_bundle
 from ..memory import kv_budget, process_limit_mb
 from ..wire.security import ServerSecurity
 from ..wire.transport import SERVER_OPTIONS, split_address
-from .compute import ComputeEngine, ComputeThread
+from .admission import Admission
+from .batcher import Batcher
+from .compute import ComputeEngine
+from .compute_thread import ComputeThread
 from .limits import ServerLimits
 from .service import SessionService
 from .sessions import SessionTable
+
+logger = logging.getLogger(__name__)
 
 
 class BackServer:
@@ -87,12 +93,30 @@ class BackServer:
             MemoryLimitError: weights and one session of full length do not fit; nothing was loaded.
         """
         from ..back import BackEngine
+        from ..ragged import advance_together
 
         bundle = open_bundle(folder, "server")
         limits = limits if limits is not None else ServerLimits()
+        together = limits.max_batch > 1 and advance_together(bundle)
+        if together:
+            bundle = replace(bundle, installed=False)  # the packed weights are those of the other graphs
         budget = kv_budget(bundle, chunk=limits.max_frame_tokens, limit_mb=process_limit_mb(memory_limit_mb))
         limits = replace(limits, kv_bytes=int(min(limits.kv_bytes, budget)))
-        engine = BackEngine(bundle, default_threads() if threads is None else threads)
+        threads = default_threads() if threads is None else threads
+        if together:
+            capacity = min(limits.max_session_tokens, bundle.manifest.max_length)
+            try:
+                engine = BackEngine(bundle, threads, together=limits.max_sessions, capacity=capacity)
+                return cls(engine, listen, security=security, limits=limits)
+            except OSError as error:
+                logger.warning(
+                    "no address space for %d sessions of %d tokens side by side (%s): they take turns; allow fewer "
+                    "sessions, or hold the memory by a control group",
+                    limits.max_sessions,
+                    capacity,
+                    error,
+                )
+        engine, limits = BackEngine(bundle, threads), replace(limits, max_batch=1)
         return cls(engine, listen, security=security, limits=limits)
 
     @property
@@ -169,13 +193,14 @@ class BackServer:
 
     async def _serve(self, started: Future[str]) -> None:
         host, _ = split_address(self._listen)
-        credentials = self.security.credentials()
-        with ComputeThread() as compute:
+        credentials, admission = self.security.credentials(), Admission(self.security)
+        with ComputeThread(Batcher(self._engine, self.limits.max_batch)) as compute:
             table = SessionTable(self._engine, self.limits, compute)
             # More streams than sessions: some attach again while the old one still looks alive, some must be told
             # that the server is full.
             server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=2 * self.limits.max_sessions + 16)
-            server.add_generic_rpc_handlers((SessionService(self._engine, table, compute, self.limits).handler(),))
+            service = SessionService(self._engine, table, compute, self.limits, admission)
+            server.add_generic_rpc_handlers((service.handler(),))
             try:
                 if credentials is None:
                     port = server.add_insecure_port(self._listen)

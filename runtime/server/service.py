@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from time import perf_counter
 
 import grpc
 
@@ -14,7 +13,9 @@ from ...quant.codec import CODECS, Codec
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, check_hello, parse_client_message
 from ..wire.transport import PIPELINE_DEPTH, SERVICE, SESSION_METHOD
-from .compute import ComputeEngine, ComputeThread
+from .admission import ANYONE, Admission
+from .compute import ComputeEngine
+from .compute_thread import ComputeThread
 from .limits import ServerLimits
 from .sessions import Session, SessionTable
 
@@ -27,12 +28,18 @@ class SessionService:
     """The gRPC service `isthmus.v1.Isthmus`, in raw bytes so that size comes before parsing."""
 
     def __init__(
-        self, engine: ComputeEngine, table: SessionTable, compute: ComputeThread, limits: ServerLimits
+        self,
+        engine: ComputeEngine,
+        table: SessionTable,
+        compute: ComputeThread,
+        limits: ServerLimits,
+        admission: Admission,
     ) -> None:
         self._engine = engine
         self._table = table
         self._compute = compute
         self._limits = limits
+        self._admission = admission
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
@@ -40,7 +47,14 @@ class SessionService:
         return grpc.method_handlers_generic_handler(SERVICE, {SESSION_METHOD: method})
 
     async def _serve(self, _requests: object, context: Context) -> None:
-        await _Stream(self._engine, self._table, self._compute, self._limits, context).serve()
+        owner = self._admission.identity(context.auth_context())
+        if owner is None:
+            logger.warning("%s: refused, its certificate is revoked", context.peer())
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED, "this device's certificate is not accepted; ask for a new one"
+            )
+        stream = _Stream(self._engine, self._table, self._compute, self._limits, context, owner or ANYONE)
+        await stream.serve()
 
 
 class _Stream:
@@ -51,8 +65,15 @@ class _Stream:
     """
 
     def __init__(
-        self, engine: ComputeEngine, table: SessionTable, compute: ComputeThread, limits: ServerLimits, context: Context
+        self,
+        engine: ComputeEngine,
+        table: SessionTable,
+        compute: ComputeThread,
+        limits: ServerLimits,
+        context: Context,
+        owner: str,
     ) -> None:
+        self._owner = owner
         self._engine = engine
         self._table = table
         self._compute = compute
@@ -193,15 +214,15 @@ class _Stream:
             raise Refusal("BAD_REQUEST", f"{kind} on a stream that carries a session; close that first")
         elif kind == "open":
             # Shielded: a session that is being made when the stream breaks still gets its seat and its lease.
-            self._session = await asyncio.shield(self._table.open(message.open))
-            self._table.attach(self._session.id, self._evict)
+            self._session = await asyncio.shield(self._table.open(message.open, self._owner))
+            self._table.attach(self._session.id, self._evict, self._owner)
             logger.info("session %s: opened for %d tokens", self._session.id.hex()[:8], message.open.max_tokens)
             await self._write(pb.ServerMessage(opened=pb.Opened(session=self._session.id)))
         elif kind == "attach":
-            self._session = self._table.attach(message.attach.session, self._evict)
+            self._session = self._table.attach(message.attach.session, self._evict, self._owner)
             acknowledged = message.attach.last_acknowledged_step
             # The compute thread answers in turn: a step that still runs for the old stream is counted.
-            for answer in await self._compute.run(self._session.resume, acknowledged):
+            for answer in await self._compute.run(self._session.resume, acknowledged, of=self._session):
                 await self._write(answer)
         else:
             raise Refusal("BAD_REQUEST", f"{kind} in the middle of a stream")
@@ -210,7 +231,7 @@ class _Stream:
         if self._session is None:
             return Refusal("BAD_REQUEST", f"step {step.step} without a session; open one first").fault
         try:
-            return await self._compute.run(self._session.step, step, self._codec, perf_counter())
+            return await self._compute.step(self._session, step, self._codec)
         except Refusal as refusal:
             return refusal.fault
         except Exception:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CodecError, NonFiniteError
@@ -19,18 +20,62 @@ from ..wire import isthmus_pb2 as pb
 from ..wire.framing import Refusal, crc_matches, read_sampling
 from ..wire.kv import decode_rows
 from ..wire.transport import MAX_PATH, RESULTS_KEPT
-from .compute import ComputeEngine, ComputeSession, ComputeThread
+from .compute import ComputeEngine, ComputeSession
 from .limits import ServerLimits
+
+if TYPE_CHECKING:
+    from .compute_thread import ComputeThread
 
 logger = logging.getLogger(__name__)
 
 _SESSION_ID_BYTES = 16
 
 
+@dataclass
+class Work:
+    """A step that was checked and decoded, and what of it has run through the layers.
+
+    Attributes:
+        session: whose step it is.
+        compute: its state in the engine.
+        hidden: ``[tokens, d_model]``.
+        wanted: after how many of the last rows tokens are to be chosen.
+        drafted: the guesses at them, if there are any.
+        continues: whether the step goes on from guesses at what earlier steps chose.
+        result: the answer, as far as it is known.
+        started: `time.perf_counter` when it was ready to run.
+        done: rows that have run.
+        onnxruntime_seconds: that its runs took, which others shared.
+    """
+
+    session: Session
+    compute: ComputeSession
+    hidden: NDArray[np.float32]
+    wanted: int
+    drafted: list[int] | None
+    continues: bool
+    result: pb.Result
+    started: float
+    done: int = 0
+    onnxruntime_seconds: float = 0.0
+
+    @property
+    def remaining(self) -> int:
+        """Rows that have not run."""
+        return len(self.hidden) - self.done
+
+    def rows(self, most: int) -> int:
+        """How many of them to run next: ``most`` at most, unless more are wanted, which run together at last."""
+        remaining = self.remaining
+        if remaining <= most:
+            return remaining
+        return min(most, remaining - self.wanted) or remaining
+
+
 class Session:
     """The step machine of one generation. Its methods run on the compute thread only.
 
-    A step is done or refused as a whole: after a `Refusal` the session is as it was.
+    A step is prepared, run and finished. It is done or refused as a whole: after a `Refusal` the session is as it was.
     """
 
     def __init__(self, engine: ComputeEngine, compute: ComputeSession, max_tokens: int, limits: ServerLimits) -> None:
@@ -48,13 +93,17 @@ class Session:
         new = [pb.ServerMessage(result=result) for result in self._results if result.step > acknowledged]
         return [pb.ServerMessage(attached=pb.Attached(last_step=self._last_step)), *new]
 
-    def step(self, step: pb.Step, codec: Codec, arrived: float) -> pb.ServerMessage:
-        """Do one step, or answer a repeated one from the cache.
+    def prepare(self, step: pb.Step, codec: Codec, arrived: float) -> Work | pb.ServerMessage:
+        """Check and decode one step, up to what the back's layers have to do; see `finish`.
 
         Args:
             step: as received; its size is within ``max_frame_bytes``.
             codec: of the stream that it came on.
             arrived: `time.perf_counter` when it was handed to the compute thread.
+
+        Returns:
+            The work, or the answer where there is none: to a repeated step, from the cache; to keys and values; to a
+            guess that was wrong.
 
         Raises:
             Refusal: the step breaks a rule; nothing was done.
@@ -86,32 +135,47 @@ class Session:
         if step.sample and step.HasField("kv"):
             raise Refusal("BAD_REQUEST", "keys and values give no token; send the next position's frame for that")
         arrays = self._decode(content, codec)
-        decoded, busy = perf_counter(), self._engine.onnxruntime_seconds
+        decoded = perf_counter()
         if step.position < self._compute.length:
             self._compute.truncate(step.position)
-        if step.HasField("kv"):
-            self._compute.append_rows(arrays)
-        else:
-            self._compute.advance(arrays)
-        token, tokens = None, []
-        if step.frame.drafted:
-            tokens = self._compute.verify(drafted)
-        elif step.sample:
-            token = self._compute.sample()
-        if not continues:
-            self._chosen.clear()
-        self._chosen += tokens if token is None else [token]
         result = pb.Result(
             step=step.step,
-            length=self._compute.length,
-            token=token,
-            tokens=tokens,
             decode_us=_microseconds(decoded - started),
             queue_us=_microseconds(started - arrived),
-            compute_us=_microseconds(perf_counter() - decoded),
-            onnxruntime_us=_microseconds(self._engine.onnxruntime_seconds - busy),
         )
+        if not step.HasField("kv"):
+            wanted = len(drafted) + 1 if step.sample else 0
+            guesses = drafted if step.frame.drafted else None
+            return Work(self, self._compute, arrays, wanted, guesses, continues, result, decoded)
+        self._compute.append_rows(arrays)
+        self._chosen.clear()
+        result.length = self._compute.length
+        result.compute_us = _microseconds(perf_counter() - decoded)
         return self._done(result)
+
+    def finish(self, work: Work) -> pb.ServerMessage:
+        """Choose the tokens of a step whose rows have all run through the layers."""
+        result = work.result
+        if not work.continues:
+            self._chosen.clear()
+        if work.drafted is not None:
+            result.tokens.extend(self._compute.verify(work.drafted))
+            self._chosen += result.tokens
+        elif work.wanted:
+            result.token = self._compute.sample()
+            self._chosen.append(result.token)
+        result.length = self._compute.length
+        result.compute_us = _microseconds(perf_counter() - work.started)
+        result.onnxruntime_us = _microseconds(work.onnxruntime_seconds)
+        return self._done(result)
+
+    def step(self, step: pb.Step, codec: Codec, arrived: float) -> pb.ServerMessage:
+        """Do one step alone, see `prepare`."""
+        work = self.prepare(step, codec, arrived)
+        if isinstance(work, pb.ServerMessage):
+            return work
+        self._engine.advance([(self._compute, work.hidden, work.wanted)])
+        return self.finish(work)
 
     def close(self) -> None:
         """Free the KV cache."""
@@ -174,6 +238,7 @@ class _Seat:
 
     session: Session
     kv_bytes: int
+    owner: str
     evict: Callable[[], None] | None = None
     lease: asyncio.TimerHandle | None = None
 
@@ -191,14 +256,19 @@ class SessionTable:
         self._seats: dict[bytes, _Seat] = {}
         self._sessions = 0  # admitted, those being opened or closed included
         self._kv_bytes = 0
+        self._owned: Counter[str] = Counter()  # sessions of each peer
         self._expiries: set[asyncio.Task[None]] = set()
         self.max_session_tokens = min(limits.max_session_tokens, engine.manifest.max_length)
 
     def __len__(self) -> int:
         return self._sessions
 
-    async def open(self, request: pb.Open) -> Session:
-        """Reserve KV and make a session. It has no owner yet: its lease runs.
+    async def open(self, request: pb.Open, owner: str = "") -> Session:
+        """Reserve KV and make a session. No stream carries it yet: its lease runs.
+
+        Args:
+            request: as received.
+            owner: identity of the peer; no other one may attach to the session.
 
         Raises:
             Refusal: the request is out of range, or the server is full.
@@ -214,23 +284,26 @@ class SessionTable:
                 f"vocabulary's {vocabulary}",
             )
         kv_bytes = self._engine.kv_bytes(max_tokens)
-        self._admit(kv_bytes)
+        self._admit(kv_bytes, owner)
         try:
             compute = await self._compute.run(self._engine.new_session, max_tokens, sampling, list(request.context_ids))
         except BaseException:
-            self._release(kv_bytes)
+            self._release(kv_bytes, owner)
             raise
         session = Session(self._engine, compute, max_tokens, self._limits)
-        self._seats[session.id] = _Seat(session, kv_bytes, lease=self._start_lease(session.id))
+        self._seats[session.id] = _Seat(session, kv_bytes, owner, lease=self._start_lease(session.id))
         return session
 
-    def attach(self, session_id: bytes, evict: Callable[[], None]) -> Session:
-        """Make a stream the owner of a session; the stream that owned it is evicted.
+    def attach(self, session_id: bytes, evict: Callable[[], None], owner: str = "") -> Session:
+        """Have a stream carry a session; the stream that carried it is evicted.
 
         Raises:
-            Refusal: there is no such session.
+            Refusal: there is no such session, or it is another peer's: the answer does not tell which.
         """
         seat = self._seats.get(session_id)
+        if seat is not None and seat.owner != owner:
+            logger.warning("session %s: of %r, asked for by %r", session_id.hex()[:8], seat.owner, owner)
+            seat = None
         if seat is None:
             raise Refusal(
                 "SESSION_UNKNOWN",
@@ -258,9 +331,9 @@ class SessionTable:
         if seat.lease is not None:
             seat.lease.cancel()
         try:
-            await self._compute.run(seat.session.close)
+            await self._compute.run(seat.session.close, of=seat.session)
         finally:
-            self._release(seat.kv_bytes)
+            self._release(seat.kv_bytes, seat.owner)
 
     async def free_all(self) -> None:
         """End every session."""
@@ -268,7 +341,7 @@ class SessionTable:
             await self.free(session_id)
         await asyncio.gather(*self._expiries)
 
-    def _admit(self, kv_bytes: int) -> None:
+    def _admit(self, kv_bytes: int, owner: str) -> None:
         budget, retry_after_ms = self._limits.kv_bytes, round(1000 * self._limits.retry_after_s)
         if kv_bytes > budget:
             raise Refusal(
@@ -281,12 +354,19 @@ class SessionTable:
         if self._kv_bytes + kv_bytes > budget:
             message = f"{budget - self._kv_bytes} bytes of KV cache are free, the session needs {kv_bytes}; wait"
             raise Refusal("SERVER_FULL", message, retry_after_ms=retry_after_ms)
+        if owner and self._owned[owner] >= self._limits.max_sessions_per_device:
+            message = f"all {self._limits.max_sessions_per_device} sessions of a device are taken; end one of them"
+            raise Refusal("SERVER_FULL", message, retry_after_ms=retry_after_ms)
         self._sessions += 1
         self._kv_bytes += kv_bytes
+        self._owned[owner] += 1
 
-    def _release(self, kv_bytes: int) -> None:
+    def _release(self, kv_bytes: int, owner: str) -> None:
         self._sessions -= 1
         self._kv_bytes -= kv_bytes
+        self._owned[owner] -= 1
+        if not self._owned[owner]:
+            del self._owned[owner]
 
     def _start_lease(self, session_id: bytes) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(self._limits.lease_s, self._expire, session_id)

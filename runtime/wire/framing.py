@@ -163,6 +163,16 @@ def step_message(
     return pb.ClientMessage(step=pb.Step(step=step, position=position, sample=sample, frame=frame)).SerializeToString()
 
 
+def renumbered_step(message: bytes, step: int, *, asks: bool = True) -> bytes:
+    """A step's message with another number; it asks for no token unless ``asks``."""
+    parsed = pb.ClientMessage.FromString(message).step
+    if parsed.HasField("kv"):
+        return kv_message(step, parsed.position, parsed.kv)
+    frame = parsed.frame
+    drafted = frame.drafted if asks else ()
+    return step_message(step, parsed.position, frame.tokens, parsed.sample and asks, frame.payload, drafted)
+
+
 def kv_crc(step: int, position: int, sample: bool, chunk: pb.KVChunk) -> int:
     """CRC32C of a step that carries keys and values, like `step_crc`."""
     header = step_crc(step, position, chunk.tokens, sample, b"")

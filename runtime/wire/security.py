@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from ...errors import LinkError, SecurityError
 from .development import certificate_path, development_certificate
 from .transport import CLIENT_OPTIONS, split_address
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ChannelSecurity:
@@ -22,27 +25,50 @@ class ChannelSecurity:
         insecure: plaintext; for a link that something else protects, or for a test.
         ca_file: PEM certificates to trust in place of the system's. Without it, a server on this machine is
             also trusted by the user's own development certificate.
+        cert_file: PEM certificate chain that tells the server who this is; with ``key_file`` or not at all.
+        key_file: PEM private key.
     """
 
     insecure: bool = False
     ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
 
     def __post_init__(self) -> None:
         if self.insecure and self.ca_file is not None:
             raise SecurityError(f"insecure and a CA file ({self.ca_file}) exclude each other; give one of them")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise SecurityError("a certificate and its key go together; give both --cert and --key")
+        if self.insecure and self.cert_file is not None:
+            raise SecurityError(f"insecure and a certificate ({self.cert_file}) exclude each other; give one of them")
 
     def channel(self, address: str) -> grpc.Channel:
         """A channel to ``HOST:PORT``; it connects on first use.
 
         Raises:
             LinkError: the address has another form.
-            SecurityError: the CA file is missing or holds no certificate.
+            SecurityError: a file is missing, holds no certificate, or the key is another certificate's.
         """
+        credentials = self._credentials(address)
+        if credentials is None:
+            return grpc.insecure_channel(address, CLIENT_OPTIONS)
+        return grpc.secure_channel(address, credentials, CLIENT_OPTIONS)
+
+    def aio_channel(self, address: str) -> grpc.aio.Channel:
+        """The same for an event loop, which must run."""
+        credentials = self._credentials(address)
+        if credentials is None:
+            return grpc.aio.insecure_channel(address, CLIENT_OPTIONS)
+        return grpc.aio.secure_channel(address, credentials, CLIENT_OPTIONS)
+
+    def _credentials(self, address: str) -> grpc.ChannelCredentials | None:
         host, _ = split_address(address)
         if self.insecure:
-            return grpc.insecure_channel(address, CLIENT_OPTIONS)
-        credentials = grpc.ssl_channel_credentials(self._roots(host))
-        return grpc.secure_channel(address, credentials, CLIENT_OPTIONS)
+            return None
+        key, chain = None, None
+        if self.cert_file is not None and self.key_file is not None:
+            key, chain = _read_pair(self.cert_file, self.key_file)
+        return grpc.ssl_channel_credentials(self._roots(host), key, chain)
 
     def _roots(self, host: str) -> bytes | None:
         if self.ca_file is not None:
@@ -70,6 +96,10 @@ class ChannelSecurity:
                 f"{address}: does not speak TLS; if it is an Isthmus server that was started with "
                 "--insecure and the link is safe, pass --insecure here too"
             )
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            return SecurityError(f"{address}: {details}")
+        if self.cert_file is None and ("CERTIFICATE_REQUIRED" in details or "certificate required" in details.lower()):
+            return SecurityError(f"{address}: wants to know who connects; pass this device's --cert and --key")
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return LinkError(f"{address}: answers, but is no Isthmus server ({reason}); check the address")
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -90,15 +120,25 @@ class ServerSecurity:
         insecure: plaintext; only where something else protects the link.
         cert_file: PEM certificate chain; with ``key_file`` or not at all.
         key_file: PEM private key.
+        client_ca: PEM certificates of the authority whose devices may connect; without it anyone may.
+        revoked: that authority's list of revoked certificates, see `isthmus.runtime.wire.authority`.
+
+    Certificate, key and list are looked at again at each handshake, so that files may be replaced while it runs.
     """
 
     insecure: bool = False
     cert_file: Path | None = None
     key_file: Path | None = None
+    client_ca: Path | None = None
+    revoked: Path | None = None
 
     def __post_init__(self) -> None:
         if (self.cert_file is None) != (self.key_file is None):
             raise SecurityError("a certificate and its key go together; give both --tls-cert and --tls-key")
+        if self.insecure and self.client_ca is not None:
+            raise SecurityError("insecure and an authority for clients exclude each other; give one of them")
+        if self.revoked is not None and self.client_ca is None:
+            raise SecurityError(f"a revocation list ({self.revoked}) without the authority's --client-ca; give both")
         if self.insecure and self.cert_file is not None:
             raise SecurityError("insecure and a certificate exclude each other; give one of them")
 
@@ -114,22 +154,65 @@ class ServerSecurity:
             cert_file, key_file = self.cert_file, self.key_file
         else:
             cert_file, key_file = development_certificate()
-        try:
-            # gRPC takes anything and fails at the first handshake; this says now what is wrong.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file, password=_no_password)
-            pair = key_file.read_bytes(), cert_file.read_bytes()
-        except OSError as error:  # ssl.SSLError is one
-            raise SecurityError(
-                f"certificate {cert_file} with key {key_file}: {error}; both must be PEM files that belong "
-                "together, the key without a password"
-            ) from error
-        return grpc.ssl_server_credentials([pair])
+        roots = None if self.client_ca is None else _read_certificates(self.client_ca)
+
+        def configuration() -> grpc.ServerCertificateConfiguration:
+            return grpc.ssl_server_certificate_configuration([_read_pair(cert_file, key_file)], roots)
+
+        shown = configuration()
+        stamp = file_stamps(cert_file, key_file)
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            """A new pair, if the files have changed and belong together; gRPC asks at each handshake."""
+            nonlocal stamp
+            found = file_stamps(cert_file, key_file)
+            if found == stamp:
+                return None
+            try:
+                renewed = configuration()
+            except SecurityError as error:
+                logger.warning("%s; the certificate before it stays in use", error)
+                return None
+            stamp = found
+            logger.info("certificate %s was replaced", cert_file)
+            return renewed
+
+        return grpc.dynamic_ssl_server_credentials(
+            shown,
+            changed,  # type: ignore[arg-type]  # None, which grpc takes for no change, is not in its stubs
+            require_client_authentication=roots is not None,
+        )
 
     def describe(self) -> str:
         """A few words for the user, with the file that a client must trust."""
         if self.insecure:
             return "plaintext"
         return f"tls, certificate {self.cert_file if self.cert_file is not None else certificate_path()}"
+
+
+def _read_pair(cert_file: Path, key_file: Path) -> tuple[bytes, bytes]:
+    """Key and certificate chain; gRPC takes anything and fails at the first handshake, this says now what is wrong."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file, password=_no_password)
+        return key_file.read_bytes(), cert_file.read_bytes()
+    except OSError as error:  # ssl.SSLError is one
+        raise SecurityError(
+            f"certificate {cert_file} with key {key_file}: {error}; both must be PEM files that belong "
+            "together, the key without a password"
+        ) from error
+
+
+def file_stamps(*paths: Path) -> tuple[tuple[int, int], ...]:
+    """What changes when a file does; zeros for one that is away for the moment."""
+    stamps = []
+    for path in paths:
+        try:
+            found = path.stat()
+        except OSError:
+            stamps.append((0, 0))
+            continue
+        stamps.append((found.st_mtime_ns, found.st_ino))
+    return tuple(stamps)
 
 
 def is_loopback(host: str) -> bool:

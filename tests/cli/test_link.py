@@ -117,13 +117,14 @@ def test_a_generation_through_a_bad_link_gives_the_same_tokens(tiny, link):
 
         def generate(address: str) -> tuple[list[int], int]:
             security = ChannelSecurity(insecure=True)
-            model = EdgeModel(folder / "device", server=address, security=security, codec="raw16", threads=1)
+            options = {"codec": "raw16", "threads": 1, "draft": "off"}  # as many bytes in every run
+            model = EdgeModel(folder / "device", server=address, security=security, **options)
             result = model.generate(PROMPT, max_new_tokens=24)
             return result.token_ids, result.bytes_up
 
         expected = generate(server.address)
-        options = ["--rtt", "10ms", "--rate", "5mbit", "--jitter", "4ms", "--stall", "100ms,200ms"]
-        process = link("--connect", server.address, *options)
+        shaped = ["--rtt", "10ms", "--rate", "5mbit", "--jitter", "4ms", "--stall", "100ms,200ms"]
+        process = link("--connect", server.address, *shaped)
         assert generate(process.stdout.readline().split(" on ")[1].split()[0]) == expected
         process = link("--connect", server.address, "--drop-after", "4kB")
         tokens, _ = generate(process.stdout.readline().split(" on ")[1].split()[0])

@@ -72,9 +72,6 @@ class FakeSession:
         return len(self._rows)
 
     def advance(self, hidden: np.ndarray) -> None:
-        self._engine.gate.wait(20)
-        if self._engine.fail_at == self.length:
-            raise RuntimeError("a fault in the engine, with details that stay on the server")
         self._rows += [row.tobytes() for row in hidden]
         self._engine.order.append(self)
 
@@ -124,6 +121,13 @@ class FakeEngine:
         session = FakeSession(self, sampling.seed)
         self.sessions.append(session)
         return session
+
+    def advance(self, parts: Sequence[tuple[FakeSession, np.ndarray, int]]) -> None:
+        self.gate.wait(20)
+        if any(session.length == self.fail_at for session, _, _ in parts):
+            raise RuntimeError("a fault in the engine, with details that stay on the server")
+        for session, hidden, _ in parts:
+            session.advance(hidden)
 
     def codec(self, name: str) -> Codec:
         return {"raw32": Raw32(), "raw16": Raw16()}[name]

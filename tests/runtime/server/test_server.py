@@ -671,7 +671,7 @@ def test_stop_frees_sessions_and_threads_and_may_be_repeated(engine, user_config
     server = BackServer(engine)
     with pytest.raises(LinkError, match="start"):
         _ = server.address
-    generation = make_generation(server.start(), PROMPT, max_reattach=0)
+    generation = make_generation(server.start(), PROMPT, on_server_loss="fail")
     generation.run(1)
     assert server.sessions == 1
     with pytest.raises(LinkError, match="already"):

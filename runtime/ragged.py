@@ -1,0 +1,199 @@
+"""Sessions that advance together: one run of the back's layers over the rows of many."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ..devices.backend import Graph, require_onnxruntime
+from ..errors import BundleError, RequestError
+from .bundle import Bundle
+from .pool import KVPool
+from .segments import KVCache
+
+logger = logging.getLogger(__name__)
+
+RAGGED_ONNXRUNTIME = "1.32.0"  # the first whose attention takes chunks of several sequences
+
+MAX_LANES = 64  # shapes of batches whose buffers are kept; a server that is busy meets the same few again and again
+
+
+def advance_together(bundle: Bundle) -> bool:
+    """Whether a server half can advance many sessions in one run; a log line says why if it cannot."""
+    if not all(segment.ragged_graph_file for segment in bundle.segments("block")):
+        logger.warning("%s: exported before sessions could advance together; they take turns", bundle.folder)
+        return False
+    try:
+        require_onnxruntime(RAGGED_ONNXRUNTIME)
+    except BundleError:
+        logger.warning(
+            "onnxruntime %s: sessions advance together from %s on; they take turns", ort.__version__, RAGGED_ONNXRUNTIME
+        )
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """Buffers and bindings for one shape of batch; a binding does not keep its memory alive."""
+
+    hidden: list[NDArray[np.float32]]  # the blocks alternate between two
+    seqlens_k: NDArray[np.int32]
+    query_seqlens: NDArray[np.int32]
+    total_sequence_length: NDArray[np.int32]
+    packed_rows: NDArray[np.int64]
+    padded_rows: NDArray[np.int64]
+    runs: list[tuple[Graph, ort.IOBinding]]
+
+    @property
+    def inputs(self) -> dict[str, NDArray[Any]]:
+        """All but the hidden states and the caches, by the graph's names."""
+        return {
+            name: getattr(self, name)
+            for name in ("seqlens_k", "query_seqlens", "total_sequence_length", "packed_rows", "padded_rows")
+        }
+
+
+class RaggedStack:
+    """The blocks of a server half in their ragged variant, over a pool of KV caches.
+
+    Args:
+        bundle: of the server; every block must have the variant.
+        threads: of onnxruntime.
+        capacity: most positions of a session.
+        slots: most sessions.
+
+    Raises:
+        OSError: the system does not grant the caches' address space; no weights were read.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int, *, capacity: int, slots: int) -> None:
+        segments = bundle.segments("block")
+        self._d_model = bundle.manifest.architecture.d_model
+        layers = range(segments[0].first_layer, segments[-1].last_layer)
+        self.pool = KVPool(layers, bundle.kv, capacity, slots)
+        self._blocks = [(segment, Graph(bundle.path(segment.ragged_graph_file), threads)) for segment in segments]
+        self._lanes: OrderedDict[tuple[int, int, int, int], _Lane] = OrderedDict()
+
+    @property
+    def onnxruntime_seconds(self) -> float:
+        """Time spent in onnxruntime so far."""
+        return sum(graph.seconds for _, graph in self._blocks)
+
+    def session(self, capacity: int) -> RaggedSession:
+        """A session of at most ``capacity`` positions."""
+        return RaggedSession(self, self.pool.take(capacity), self._d_model)
+
+    def kv_bytes(self, capacity: int) -> int:
+        """Bytes of KV cache that a session of that capacity comes to."""
+        return self.pool.session_bytes(capacity)
+
+    def forward(self, parts: Sequence[tuple[KVCache, NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
+        """Run hidden states through the layers and append them to their caches.
+
+        A row's bits do not depend on the other parts.
+
+        Args:
+            parts: of each cache of the pool, once at most, the next positions' ``[tokens, d_model]``.
+
+        Returns:
+            Of each part ``[tokens, d_model]``, in buffers that the next call overwrites.
+
+        Raises:
+            RequestError: a part does not fit into its cache; nothing was done.
+        """
+        for cache, hidden in parts:
+            if cache.length + len(hidden) > cache.capacity:
+                raise RequestError(
+                    f"{cache.length} positions and {len(hidden)} more: this session was opened for {cache.capacity}"
+                )
+        slots = [self.pool.slot(cache) for cache, _ in parts]
+        counts = [len(hidden) for _, hidden in parts]
+        first, last = min(slots), max(slots) + 1
+        queries = max(counts) + 1  # each sequence has a dummy row
+        lane = self._lane(first, last, sum(counts), queries)
+        # A sequence that rests keeps what it has.
+        lane.query_seqlens[:] = 0
+        lane.seqlens_k[:] = [max(0, self.pool.length(slot) - 1) for slot in range(first, last)]
+        lane.packed_rows[:] = 0
+        ends = np.cumsum(counts)
+        for (cache, hidden), slot, count, end in zip(parts, slots, counts, ends, strict=True):
+            at, rows = slot - first, slice(end - count, end)
+            lane.hidden[0][0, rows] = hidden
+            lane.query_seqlens[at] = count + 1
+            lane.seqlens_k[at] = cache.length + count
+            lane.packed_rows[at, :count] = np.arange(end - count, end)
+            lane.padded_rows[0, rows] = np.arange(at * queries, at * queries + count)
+        lane.total_sequence_length[...] = lane.seqlens_k.max() + 1
+        for graph, binding in lane.runs:
+            graph.run_bound(binding)
+        for (cache, _), count in zip(parts, counts, strict=True):
+            cache.length += count
+        return np.split(lane.hidden[len(lane.runs) % 2][0], ends[:-1])
+
+    def _lane(self, first: int, last: int, rows: int, queries: int) -> _Lane:
+        key = (first, last, rows, queries)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = self._bind(first, last, rows, queries)
+            if len(self._lanes) > MAX_LANES:
+                self._lanes.popitem(last=False)
+        self._lanes.move_to_end(key)
+        return lane
+
+    def _bind(self, first: int, last: int, rows: int, queries: int) -> _Lane:
+        sequences = last - first
+        lane = _Lane(
+            hidden=[np.zeros((1, rows, self._d_model), np.float32) for _ in range(2)],
+            seqlens_k=np.zeros(sequences, np.int32),
+            query_seqlens=np.zeros(sequences, np.int32),
+            total_sequence_length=np.zeros((), np.int32),
+            packed_rows=np.zeros((sequences, queries), np.int64),
+            padded_rows=np.zeros((1, rows), np.int64),
+            runs=[],
+        )
+        hidden = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in lane.hidden]
+        inputs = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in lane.inputs.items()}
+        caches = self.pool.view(first, last)
+        for index, (segment, graph) in enumerate(self._blocks):
+            binding = graph.binding()
+            binding.bind_ortvalue_input("hidden", hidden[index % 2])
+            binding.bind_ortvalue_output("hidden_out", hidden[(index + 1) % 2])
+            for name, value in inputs.items():
+                binding.bind_ortvalue_input(name, value)
+            for (side, layer), array in caches.items():
+                if segment.first_layer <= layer < segment.last_layer:
+                    value = ort.OrtValue.ortvalue_from_numpy(array)
+                    binding.bind_ortvalue_input(f"past_{side}.{layer}", value)
+                    binding.bind_ortvalue_output(f"present_{side}.{layer}", value)
+            lane.runs.append((graph, binding))
+        return lane
+
+
+class RaggedSession:
+    """One session's run through a stack whose sessions advance together."""
+
+    def __init__(self, stack: RaggedStack, cache: KVCache, d_model: int) -> None:
+        self.cache = cache
+        self.d_model = d_model
+        self._stack = stack
+
+    @property
+    def onnxruntime_seconds(self) -> float:
+        """Time that the stack spent in onnxruntime so far, by all sessions."""
+        return self._stack.onnxruntime_seconds
+
+    def forward(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Advance alone, see `RaggedStack.forward`."""
+        return self._stack.forward([(self.cache, hidden)])[0].copy()
+
+    def close(self) -> None:
+        """Give the slot back; the session is of no use afterwards."""
+        self._stack.pool.give_back(self.cache)
