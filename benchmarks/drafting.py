@@ -3,8 +3,9 @@
     python benchmarks/drafting.py --bundle OUT [--parts speed,sweep,identity] [--output docs/results]
 
 Server, link and device are processes of their own on this machine, one thread each for server and device; where it has
-two processors, server and device get one each; the link may run on any. Under `chrt -f 1` the link's priority is one
-higher, as the device computes while frames cross. The prompts are those of `benchmarks/prompts`.
+two processors, server and device get one each; the link may run on any. On a busy machine use `nice -n -15` and not
+`chrt -f`: the device computes while frames cross, and its own threads that send them would wait for it. The prompts are
+those of `benchmarks/prompts`.
 
 - speed: every prompt over ``--rtt`` and ``--rate``, drafted (``auto``) and undrafted in turns;
 - sweep: ways of drafting over round-trip times, on the first chat prompts;
@@ -20,7 +21,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,22 +47,14 @@ WAYS: dict[str, tuple[DraftMode, bool]] = {
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#999999", "#D55E00")
 
 
-def _before_all(cores: Sequence[int]) -> None:
-    """Run on these cores; in real time before other processes of that kind."""
-    os.sched_setaffinity(0, cores)
-    if os.sched_getscheduler(0) == os.SCHED_FIFO:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(os.sched_getparam(0).sched_priority + 1))
-
-
 @contextmanager
 def command(cores: Sequence[int], *arguments: object) -> Iterator[str]:
     """An isthmus command that serves, and its address."""
-    prepare = _before_all if arguments[0] == "link" else partial(os.sched_setaffinity, 0)
     process = subprocess.Popen(
         [sys.executable, "-m", "isthmus.cli.main", *map(str, arguments)],
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: prepare(cores),
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
     try:
         assert process.stdout is not None
