@@ -3,7 +3,9 @@
     python benchmarks/drafting.py --bundle OUT [--parts speed,sweep,identity] [--output docs/results]
 
 Server, link and device are processes of their own on this machine, one thread each for server and device; where it has
-two processors, the server gets one and the others share one. The prompts are those of `benchmarks/prompts`.
+two processors, server and device get one each; the link may run on any. On a busy machine use `nice -n -15` and not
+`chrt -f`: the device computes while frames cross, and its own threads that send them would wait for it. The prompts are
+those of `benchmarks/prompts`.
 
 - speed: every prompt over ``--rtt`` and ``--rate``, drafted (``auto``) and undrafted in turns;
 - sweep: ways of drafting over round-trip times, on the first chat prompts;
@@ -63,10 +65,10 @@ def command(cores: Sequence[int], *arguments: object) -> Iterator[str]:
 
 
 class Bench:
-    """A bundle, its running server and the cores that the rest may use."""
+    """A bundle, its running server, and the cores that a link may use."""
 
-    def __init__(self, bundle: Path, server: str, here: Sequence[int], rate: str) -> None:
-        self._bundle, self._server, self._here, self._rate = bundle, server, here, rate
+    def __init__(self, bundle: Path, server: str, cores: Sequence[int], rate: str) -> None:
+        self._bundle, self._server, self._cores, self._rate = bundle, server, cores, rate
 
     def model(self, address: str, way: str, codec: str) -> EdgeModel:
         """The device half with a way of drafting."""
@@ -81,7 +83,7 @@ class Bench:
     def link(self, rtt: str) -> Iterator[str]:
         """The server's address through a link."""
         arguments = ("--connect", self._server, "--rtt", rtt, "--rate", self._rate, "--listen", "127.0.0.1:0")
-        with command(self._here, "link", *arguments) as address:
+        with command(self._cores, "link", *arguments) as address:
             yield address
 
     def speed(self, rtt: str, prompts: dict[str, list[Prompt]], tokens: int) -> dict[str, Any]:
@@ -214,7 +216,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(kept.read_text()) if kept is not None and kept.is_file() else {}
     serving = ("serve", args.bundle / "server", "--insecure", "--threads", 1, "--listen", "127.0.0.1:0")
     with command(there, *serving) as server:
-        bench = Bench(args.bundle, server, here, args.rate)
+        bench = Bench(args.bundle, server, cores, args.rate)
         for part in args.parts.split(","):
             if part == "speed":
                 results[part] = bench.speed(args.rtt, prompts, args.tokens)

@@ -117,6 +117,7 @@ class DraftedTokens:
         self._ids = list(prompt_ids)  # and the sure tokens after them
         self._prompt = len(self._ids)
         self._end = self._prompt + max_new_tokens
+        self._chunk = min(back.chunk_limit(), PREFILL_CHUNK)  # most rows of a frame
         self._tree = DraftTree(embedding, front, trained)
         self._unsent: list[Node] = []  # one after the other
         self._sent_at = 0.0
@@ -141,7 +142,7 @@ class DraftedTokens:
 
     def _prefill(self) -> list[StepReport]:
         """Send the prompt; its last chunk asks for the first token."""
-        chunk = min(self._back.chunk_limit(), PREFILL_CHUNK)
+        chunk = self._chunk
         reports = [StepReport()]
         for first in range(0, self._prompt, chunk):
             ids = self._ids[first : first + chunk]
@@ -180,8 +181,9 @@ class DraftedTokens:
         return False
 
     def _run(self, nodes: list[Node]) -> None:
-        """Run tokens through the front; what is not sent and does not come before them is sent first."""
-        if self._unsent and nodes[0].parent is not self._unsent[-1]:
+        """Run tokens through the front; what was not sent goes first if they do not fit behind it into a frame."""
+        full = len(self._unsent) + len(nodes) > self._chunk
+        if self._unsent and (full or nodes[0].parent is not self._unsent[-1]):
             self._send()
         self._tree.run(nodes)
         self._unsent += nodes
@@ -227,7 +229,8 @@ class DraftedTokens:
             place = parent.position + 1 - self._tree.root.position
             drafts.append(Node(following.token, parent.position + 1, parent, following, place))
             before = [*before, following]
-            if following.source == "draft" or len(drafts) == _FRAME_DRAFTS or not self._fits(drafts[-1].position + 1):
+            full = len(drafts) == min(_FRAME_DRAFTS, self._chunk)
+            if full or following.source == "draft" or not self._fits(drafts[-1].position + 1):
                 break
             following = self._match([*self._ids, *self._tree.path(drafts[-1])])
             if following is not None and self._trained is not None and following.chance < _SURE_MATCH:

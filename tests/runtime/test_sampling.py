@@ -280,3 +280,29 @@ def test_rollback_beyond_the_generated_tokens_is_refused(generated):
 def test_history_outside_the_vocabulary_is_refused(token):
     with pytest.raises(RequestError, match="history"):
         Sampler(Sampling(repetition_penalty=1.1), [5, token]).sample(random_logits(0), 2)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.8, top_k=30, seed=4), Sampling(repetition_penalty=1.4)]
+)
+def test_ranks_are_what_would_be_chosen_if_the_first_were_not_there(sampling):
+    logits = np.random.default_rng(3).standard_normal(64).astype(np.float32)
+    sampler = Sampler(sampling, [1, 2, 3])
+    ranked = sampler.rank(logits, 9, 4)
+    for token in ranked:
+        assert sampler.sample(logits, 9) == token
+        logits[token] = -1e9
+    assert sampler.rank(logits[:4], 9, 9) == sampler.rank(logits[:4], 9, 4)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=4), Sampling(repetition_penalty=1.4)])
+def test_a_trimmed_vocabulary_chooses_as_the_whole_one_does_among_its_tokens(sampling):
+    whole = np.random.default_rng(3).standard_normal(64).astype(np.float32)
+    vocabulary = np.array([0, 3, 7, 8, 20, 41, 63])
+    expected = np.full(64, -1e9, np.float32)
+    expected[vocabulary] = whole[vocabulary]
+    history = [3, 5, 41]
+    token = Sampler(sampling, history).sample(expected, 7)
+    trimmed = Sampler(sampling, history, vocabulary)
+    assert trimmed.sample(whole[vocabulary], 7) == token
+    assert vocabulary[trimmed.index(token)] == token

@@ -12,6 +12,7 @@ from isthmus.runtime.edge.drafting import MAX_DRAFTS
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.edge.verification import Answer
 from isthmus.runtime.sampling import Sampling
+from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire import framing
 from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
@@ -103,6 +104,18 @@ def test_the_draft_length_bounds_the_guesses(folder, address, eager, length):
     model = open_model(folder, address, draft_length=length, overlap=False)
     result = model.generate(PROMPT, max_new_tokens=100, draft="ngram")
     assert 0 < len(result.drafts.tried) <= length
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_frames_stay_within_the_server_s_limit(folder, eager, overlap, rows):
+    limits = ServerLimits(max_frame_tokens=rows)
+    security = ServerSecurity(insecure=True)
+    with BackServer.from_bundle(folder / "server", threads=1, security=security, limits=limits) as server:
+        model = open_model(folder, server.address, overlap=overlap)
+        plain = model.generate(PROMPT, max_new_tokens=60, draft="off")
+        for draft in SOURCES:
+            assert model.generate(PROMPT, max_new_tokens=60, draft=draft).token_ids == plain.token_ids
 
 
 @pytest.mark.parametrize("length", [0, MAX_DRAFTS + 1])
