@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"isthmus: error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        extras = {"export": "export", "distill": "export", "plan": "export", "eval": "eval", "certs": "server"}
+        extras = {"export": "export", "distill": "distill", "plan": "export", "eval": "eval", "certs": "server"}
         if args.command not in extras or (error.name or "").startswith("isthmus"):
             raise
         extra = extras[args.command]

@@ -81,6 +81,8 @@ def distill(
         BundleError: no bundle there.
         ModelError: the checkpoint cannot be read.
     """
+    import torch  # noqa: F401  (not first after an hour of conversations)
+
     bundle = open_bundle(out, "device")
     manifest = bundle.manifest
     if not 0 < manifest.split < manifest.architecture.layers:
