@@ -42,12 +42,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="how long a session outlives its connection (default: 30)",
     )
     parser.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="that running sessions have after SIGTERM, before they are told to move (default: %(default)g)",
+    )
+    parser.add_argument(
         "--memory-limit", metavar="SIZE", help="such as 2GB: refuse what does not fit, and hold KV caches below it"
     )
 
 
+class _Drain(Exception):  # noqa: N818  (a wish, not a failure)
+    """SIGTERM has come."""
+
+
+def _drain(*_: object) -> None:
+    raise _Drain
+
+
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; one line on stdout says that clients may come."""
+    """Serve until SIGINT, or SIGTERM, which drains; one line on stdout says that clients may come."""
     import signal
 
     from ..devices.budget import parse_megabytes
@@ -76,14 +91,19 @@ def run(args: argparse.Namespace) -> int:
         limits=limits,
         memory_limit_mb=limit_mb,
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _drain)
     try:
         with server:
             layers = f"{server.manifest.split}–{server.manifest.architecture.layers - 1}"
             line = f"isthmus: serving layers {layers} on {server.address} ({security.describe()})"
             print(line, flush=True)
-            server.wait()
+            try:
+                server.wait()
+            except _Drain:
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # a second one ends it at once
+                server.drain(args.drain_timeout)
+                return 0
     except KeyboardInterrupt:
         return 0
     return 1  # it ended by itself, and its thread has said why

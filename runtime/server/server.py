@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from .service import SessionService
 from .sessions import SessionTable
 
 logger = logging.getLogger(__name__)
+
+_MOVE_S = 2.0  # that devices have, once told to move, to ask for their next token
 
 
 class BackServer:
@@ -166,6 +169,25 @@ class BackServer:
             loop.call_soon_threadsafe(request_stop)
         thread.join()
         self._thread = None
+
+    def drain(self, patience: float) -> None:
+        """End the server without losing a generation.
+
+        No session begins any more, running ones have ``patience`` seconds. Those that are left then are told to move,
+        and their devices make them again on another server, see `isthmus.runtime.edge.remote_session`.
+        """
+        table = self._table
+        if table is not None:
+            table.draining = True
+            self._wait_for_streams(table, patience)
+            table.moving = True
+            self._wait_for_streams(table, _MOVE_S)
+        self.stop()
+
+    def _wait_for_streams(self, table: SessionTable, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while table.carried and time.monotonic() < deadline and not self._ended.wait(0.05):
+            pass
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the server has ended, or ``timeout`` seconds; whether it has."""

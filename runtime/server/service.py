@@ -209,16 +209,21 @@ class _Stream:
             if kind in ("close", "cancel"):
                 await self._write(pb.ServerMessage(closed=pb.Closed()))
         elif kind == "step":
+            if self._table.moving and self._session is not None:
+                await self._free(self._session)  # its device makes it again elsewhere
+            self._table.check_draining(new=False)
             await self._write(await self._step(message.step))
         elif self._session is not None:
             raise Refusal("BAD_REQUEST", f"{kind} on a stream that carries a session; close that first")
         elif kind == "open":
+            self._table.check_draining(new=True)
             # Shielded: a session that is being made when the stream breaks still gets its seat and its lease.
             self._session = await asyncio.shield(self._table.open(message.open, self._owner))
             self._table.attach(self._session.id, self._evict, self._owner)
             logger.info("session %s: opened for %d tokens", self._session.id.hex()[:8], message.open.max_tokens)
             await self._write(pb.ServerMessage(opened=pb.Opened(session=self._session.id)))
         elif kind == "attach":
+            self._table.check_draining(new=False)
             self._session = self._table.attach(message.attach.session, self._evict, self._owner)
             acknowledged = message.attach.last_acknowledged_step
             # The compute thread answers in turn: a step that still runs for the old stream is counted.

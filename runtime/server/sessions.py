@@ -258,10 +258,26 @@ class SessionTable:
         self._kv_bytes = 0
         self._owned: Counter[str] = Counter()  # sessions of each peer
         self._expiries: set[asyncio.Task[None]] = set()
+        self.draining = self.moving = False  # no session begins; none goes on
         self.max_session_tokens = min(limits.max_session_tokens, engine.manifest.max_length)
 
     def __len__(self) -> int:
         return self._sessions
+
+    @property
+    def carried(self) -> int:
+        """Sessions that a stream carries."""
+        return sum(seat.evict is not None for seat in self._seats.values())
+
+    def check_draining(self, *, new: bool) -> None:
+        """Raise `Refusal` if the server is about to end: for new sessions from the start, then for all.
+
+        Args:
+            new: whether a session is to begin.
+        """
+        if self.moving or (self.draining and new):
+            retry_after_ms = round(1000 * self._limits.retry_after_s)
+            raise Refusal("DRAINING", "this server is about to end; go to another one", retry_after_ms=retry_after_ms)
 
     async def open(self, request: pb.Open, owner: str = "") -> Session:
         """Reserve KV and make a session. No stream carries it yet: its lease runs.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,15 @@ SAMPLED = Sampling(temperature=1.1, top_k=40, repetition_penalty=1.1, seed=5)
 class Server:
     """An ``isthmus serve`` process."""
 
-    def __init__(self, folder: Path, home: Path, listen: str = "127.0.0.1:0") -> None:
+    def __init__(self, folder: Path, home: Path, listen: str = "127.0.0.1:0", *options: str) -> None:
         command = [sys.executable, "-m", "isthmus.cli.main", "serve", str(folder), "--listen", listen, "--insecure"]
         environment = os.environ | {"HOME": str(home), "XDG_CONFIG_HOME": str(home)}
         self._process = subprocess.Popen(
-            [*command, "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+            [*command, "--threads", "1", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
         )
         assert self._process.stdout is not None
         self.address = self._process.stdout.readline().split(" on ")[1].split()[0]
@@ -39,6 +44,9 @@ class Server:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait(20)
+
+    def drain(self) -> None:
+        self._process.terminate()
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
@@ -65,8 +73,8 @@ def folder(tiny: Any) -> Path:
 def serve(folder: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
-    def start(listen: str = "127.0.0.1:0") -> Server:
-        servers.append(Server(folder / "server", tmp_path, listen))
+    def start(listen: str = "127.0.0.1:0", *options: str) -> Server:
+        servers.append(Server(folder / "server", tmp_path, listen, *options))
         return servers[-1]
 
     yield start
@@ -172,6 +180,34 @@ def test_a_server_that_is_started_again_gets_its_sessions_back(folder, serve, ex
     result = model.generate(PROMPT, max_new_tokens=NEW_TOKENS, sampling=SAMPLED)
     assert result.token_ids == expected
     assert [replay.address for replay in result.replays] == [server.address]
+
+
+def test_a_server_that_drains_lets_short_generations_end(folder, serve, expected):
+    server = serve()
+    model = open_model(folder, server.address)
+    model._embedding = At(model._embedding, 8, server.drain)  # type: ignore[assignment]
+    result = model.generate(PROMPT, max_new_tokens=NEW_TOKENS, sampling=SAMPLED)
+    assert result.token_ids == expected
+    assert not result.replays
+
+
+@pytest.mark.parametrize("draft", ["off", "auto"])
+def test_a_server_that_drains_sends_long_generations_elsewhere(folder, serve, expected, draft):
+    first, second = serve("127.0.0.1:0", "--drain-timeout", "0.1"), serve()
+    model = open_model(folder, first.address, second.address, draft=draft)
+    stream = model.tokens(PROMPT, max_new_tokens=NEW_TOKENS, sampling=SAMPLED)
+    tokens = []
+    for token in stream:
+        tokens.append(token.id)
+        if len(tokens) == 6:
+            first.drain()
+            time.sleep(1.0)
+    stream.close()
+    assert tokens == expected
+    assert [replay.address for replay in stream.replays] == [second.address]
+    assert "DRAINING" in stream.replays[0].reason
+    other = open_model(folder, first.address, second.address).generate(PROMPT, max_new_tokens=3, sampling=SAMPLED)
+    assert other.token_ids == expected[:3]
 
 
 def test_without_another_server_the_error_names_what_to_do(folder, serve, monkeypatch):
