@@ -10,7 +10,7 @@ from types import ModuleType
 
 from .._version import __version__
 from ..errors import IsthmusError
-from . import bench, certs, devices, distill, eval, export, generate, inspect, install, link, plan, pull, serve
+from . import bench, certs, devices, distill, eval, export, generate, inspect, install, link, plan, pull, serve, top
 
 COMMANDS: dict[str, ModuleType] = {
     "pull": pull,
@@ -20,6 +20,7 @@ COMMANDS: dict[str, ModuleType] = {
     "install": install,
     "serve": serve,
     "certs": certs,
+    "top": top,
     "generate": generate,
     "bench": bench,
     "eval": eval,
@@ -64,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"isthmus: error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        extras = {"export": "export", "distill": "distill", "plan": "export", "eval": "eval", "certs": "server"}
+        extras = {"eval": "eval", "distill": "distill"} | dict.fromkeys(("export", "plan"), "export")
+        extras |= dict.fromkeys(("certs", "serve", "top"), "server")
         if args.command not in extras or (error.name or "").startswith("isthmus"):
             raise
         extra = extras[args.command]

@@ -42,6 +42,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="how long a session outlives its connection (default: 30)",
     )
     parser.add_argument(
+        "--metrics",
+        metavar="HOST:PORT",
+        help="where Prometheus and `isthmus top` may ask for metrics (default: nowhere)",
+    )
+    parser.add_argument(
         "--drain-timeout",
         type=float,
         default=10.0,
@@ -90,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         security=security,
         limits=limits,
         memory_limit_mb=limit_mb,
+        metrics=args.metrics,
     )
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _drain)

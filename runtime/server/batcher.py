@@ -46,6 +46,7 @@ class Batcher:
         self._short: list[Work] = []
         self._long: list[Work] = []
         self._long_next = False
+        self.runs = self.steps_run = 0  # so far; a long step counts for each of its pieces
 
     def __len__(self) -> int:
         return len(self._short) + len(self._long)
@@ -59,6 +60,8 @@ class Batcher:
         chosen = self._choose()
         if not chosen:
             return []
+        self.runs += 1
+        self.steps_run += len(chosen)
         works = [work for work, _ in chosen]
         failures = self._advance(chosen)
         ended: list[tuple[Work, pb.ServerMessage | Exception]] = []

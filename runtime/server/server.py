@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -47,6 +48,7 @@ class BackServer:
         listen: ``HOST:PORT``; port 0 picks a free one.
         security: TLS with given files or the development certificate, or plaintext.
         limits: what clients are granted at most.
+        metrics: ``HOST:PORT`` where Prometheus may ask for `isthmus.runtime.server.metrics`; nowhere by default.
     """
 
     def __init__(
@@ -56,7 +58,10 @@ class BackServer:
         *,
         security: ServerSecurity | None = None,
         limits: ServerLimits | None = None,
+        metrics: str | None = None,
     ) -> None:
+        self.metrics_address: str | None = None
+        self._metrics_listen = metrics
         self.security = security if security is not None else ServerSecurity()
         self.limits = limits if limits is not None else ServerLimits()
         self.manifest = engine.manifest
@@ -79,6 +84,7 @@ class BackServer:
         security: ServerSecurity | None = None,
         limits: ServerLimits | None = None,
         memory_limit_mb: float | None = None,
+        metrics: str | None = None,
     ) -> BackServer:
         """Open ``OUT/server`` and make its server.
 
@@ -90,6 +96,7 @@ class BackServer:
             limits: see the class; too little memory lowers ``kv_bytes``.
             memory_limit_mb: resident memory at the peak, by default what the machine or the container has free; what
                 the weights leave of it goes to KV caches.
+            metrics: see the class.
 
         Raises:
             BundleError: the folder is no intact server half.
@@ -110,7 +117,7 @@ class BackServer:
             capacity = min(limits.max_session_tokens, bundle.manifest.max_length)
             try:
                 engine = BackEngine(bundle, threads, together=limits.max_sessions, capacity=capacity)
-                return cls(engine, listen, security=security, limits=limits)
+                return cls(engine, listen, security=security, limits=limits, metrics=metrics)
             except OSError as error:
                 logger.warning(
                     "no address space for %d sessions of %d tokens side by side (%s): they take turns; allow fewer "
@@ -216,12 +223,29 @@ class BackServer:
     async def _serve(self, started: Future[str]) -> None:
         host, _ = split_address(self._listen)
         credentials, admission = self.security.credentials(), Admission(self.security)
-        with ComputeThread(Batcher(self._engine, self.limits.max_batch)) as compute:
+        batcher = Batcher(self._engine, self.limits.max_batch)
+        with contextlib.ExitStack() as stack:
+            compute = stack.enter_context(ComputeThread(batcher))
             table = SessionTable(self._engine, self.limits, compute)
             # More streams than sessions: some attach again while the old one still looks alive, some must be told
             # that the server is full.
             server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=2 * self.limits.max_sessions + 16)
-            service = SessionService(self._engine, table, compute, self.limits, admission)
+            metrics = None
+            if self._metrics_listen is not None:
+                from .metrics import Metrics
+
+                metrics = Metrics(
+                    {
+                        "sessions": lambda: len(table),
+                        "sessions_carried": lambda: table.carried,
+                        "kv_bytes": lambda: table.kv_bytes,
+                        "kv_budget_bytes": lambda: self.limits.kv_bytes,
+                        "runs": lambda: batcher.runs,
+                        "steps_run": lambda: batcher.steps_run,
+                    }
+                )
+                self.metrics_address = stack.enter_context(metrics.serve(self._metrics_listen)).address
+            service = SessionService(self._engine, table, compute, self.limits, admission, metrics)
             server.add_generic_rpc_handlers((service.handler(),))
             try:
                 if credentials is None:

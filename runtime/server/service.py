@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -18,6 +19,9 @@ from .compute import ComputeEngine
 from .compute_thread import ComputeThread
 from .limits import ServerLimits
 from .sessions import Session, SessionTable
+
+if TYPE_CHECKING:  # prometheus_client loads only where metrics are asked for
+    from .metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +38,9 @@ class SessionService:
         compute: ComputeThread,
         limits: ServerLimits,
         admission: Admission,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics
         self._engine = engine
         self._table = table
         self._compute = compute
@@ -49,11 +55,15 @@ class SessionService:
     async def _serve(self, _requests: object, context: Context) -> None:
         owner = self._admission.identity(context.auth_context())
         if owner is None:
+            if self._metrics is not None:
+                self._metrics.refused()
             logger.warning("%s: refused, its certificate is revoked", context.peer())
             await context.abort(
                 grpc.StatusCode.UNAUTHENTICATED, "this device's certificate is not accepted; ask for a new one"
             )
-        stream = _Stream(self._engine, self._table, self._compute, self._limits, context, owner or ANYONE)
+        stream = _Stream(
+            self._engine, self._table, self._compute, self._limits, context, owner or ANYONE, self._metrics
+        )
         await stream.serve()
 
 
@@ -72,8 +82,9 @@ class _Stream:
         limits: ServerLimits,
         context: Context,
         owner: str,
+        metrics: Metrics | None,
     ) -> None:
-        self._owner = owner
+        self._owner, self._metrics = owner, metrics
         self._engine = engine
         self._table = table
         self._compute = compute
@@ -212,6 +223,8 @@ class _Stream:
             if self._table.moving and self._session is not None:
                 await self._free(self._session)  # its device makes it again elsewhere
             self._table.check_draining(new=False)
+            if self._metrics is not None:
+                self._metrics.received(self._codec.name, message.step)
             await self._write(await self._step(message.step))
         elif self._session is not None:
             raise Refusal("BAD_REQUEST", f"{kind} on a stream that carries a session; close that first")
@@ -251,4 +264,6 @@ class _Stream:
         await asyncio.shield(self._table.free(session.id))
 
     async def _write(self, message: pb.ServerMessage) -> None:
+        if self._metrics is not None:
+            self._metrics.sent(message)
         await self._context.write(message.SerializeToString())

@@ -265,6 +265,11 @@ class SessionTable:
         return self._sessions
 
     @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV cache that are reserved."""
+        return self._kv_bytes
+
+    @property
     def carried(self) -> int:
         """Sessions that a stream carries."""
         return sum(seat.evict is not None for seat in self._seats.values())
