@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 MINUTES = 60.0
 GROUPS = 24  # of conversations, 32,768 tokens each, one of them held out
 VOCABULARY = 4608
-D_FF_SHARE = 2 / 3  # of the model's own: with the default vocabulary a draft then takes a seventh of ten layers' time
+D_FF_SHARE = 2 / 3  # of the model's own: with the default vocabulary a guess then takes a seventh of ten layers' time
 LEAST_GROUPS = 2
 PASSAGES = 64
 
