@@ -91,7 +91,7 @@ class Session:
     def resume(self, acknowledged: int) -> list[pb.ServerMessage]:
         """The answers to an `Attach`: the last step done, and those results that the client does not have."""
         new = [pb.ServerMessage(result=result) for result in self._results if result.step > acknowledged]
-        return [pb.ServerMessage(attached=pb.Attached(last_step=self._last_step)), *new]
+        return [pb.ServerMessage(attached=pb.Attached(last_step=self.last_step)), *new]
 
     def prepare(self, step: pb.Step, codec: Codec, arrived: float) -> Work | pb.ServerMessage:
         """Check and decode one step, up to what the back's layers have to do; see `finish`.
@@ -109,7 +109,7 @@ class Session:
             Refusal: the step breaks a rule; nothing was done.
         """
         started = perf_counter()
-        expected = self._last_step + 1
+        expected = self.last_step + 1
         if not crc_matches(step):
             raise Refusal("BAD_CRC", "a step was damaged on its way; send it again", expected_step=expected)
         if 0 < step.step < expected:
@@ -182,7 +182,8 @@ class Session:
         self._compute.close()
 
     @property
-    def _last_step(self) -> int:
+    def last_step(self) -> int:
+        """Number of the last step done; 0 before the first."""
         return self._results[-1].step if self._results else 0
 
     def _done(self, result: pb.Result) -> pb.ServerMessage:
