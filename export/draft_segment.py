@@ -24,7 +24,9 @@ from .weights import Weights
 
 Floats = NDArray[np.float32]
 
-LAYER_BITS, HEAD_BITS, BLOCK_SIZE = 4, 4, 32
+# Measured on the default model's draft: 4 bits everywhere cost 4 points of agreement, 8 bits everywhere more time.
+BLOCK_SIZE = 32
+LAYER, HEAD = Precision(8, BLOCK_SIZE), Precision(4, BLOCK_SIZE, "mse")
 
 # The names of `isthmus.export.draft_model.DraftModel` are those of the tensors.
 _TENSORS = LayerTensors(*("input_norm", "query", "key", "value", "attention_output", "post_norm", "gate", "up", "down"))
@@ -58,7 +60,7 @@ def write_draft(
         weights: of a `isthmus.export.draft_model.DraftModel`.
         vocabulary: rising, the id of each row of ``head``.
         training: for the record.
-        bits: of all weights; by default `LAYER_BITS` and `HEAD_BITS`.
+        bits: of all weights; by default as `LAYER` and `HEAD` say.
 
     Raises:
         ExportError: the folder cannot be written; what was there stays.
@@ -82,10 +84,10 @@ def _write(
         qkv_bias=False,
         tied_embeddings=False,
     )
-    precisions = {"head": Precision(bits or HEAD_BITS, BLOCK_SIZE)}
+    of_layer, of_head = (LAYER, HEAD) if bits is None else (Precision(bits, BLOCK_SIZE),) * 2
     stored = Weights(
         _Arrays(weights),  # type: ignore[arg-type]
-        lambda name: precisions.get(name, Precision(bits or LAYER_BITS, BLOCK_SIZE)),
+        lambda name: of_head if name == "head" else of_layer,
     )
     layer = GraphWriter(folder, "layer")
     block = SegmentBuilder(layer, arch, stored, ["map", *block_names(range(1))])
@@ -102,7 +104,7 @@ def _write(
             name=f"draft-{writer.graph_path.stem}",
             kind=kind,
             half="device",
-            bits=bits or (HEAD_BITS if kind == "head" else LAYER_BITS),
+            bits=(of_head if kind == "head" else of_layer).bits,
             block_size=BLOCK_SIZE,
             graph_file=writer.graph_path.name,
             data_file=writer.data_path.name,

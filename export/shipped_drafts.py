@@ -1,4 +1,4 @@
-"""Trained drafts that come with the package, and how they are stored: as the packed weights that a bundle gets."""
+"""Trained drafts that come with the package, and how they are stored: in 8 bits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from ..quant.grids import quantize
 from ..quant.nbits import PackedWeight, dequantize
-from .draft_segment import BLOCK_SIZE, HEAD_BITS, LAYER_BITS
 
 Floats = NDArray[np.float32]
+
+_BITS, _BLOCK_SIZE = 8, 32
 
 _FOLDER = Path(__file__).parent / "drafts"
 
@@ -41,7 +42,7 @@ def shipped_draft(files: Mapping[str, str], split: int) -> StoredDraft | None:
 
 
 def save_draft(path: Path, draft: StoredDraft) -> None:
-    """Store a draft: matrices packed as a bundle will hold them, so that nothing is rounded twice."""
+    """Store a draft, its matrices rounded to 8 bits."""
     arrays: dict[str, Any] = {
         "vocabulary": draft.vocabulary.astype(np.uint32),
         "training": np.frombuffer(json.dumps(draft.training).encode(), np.uint8),
@@ -50,7 +51,7 @@ def save_draft(path: Path, draft: StoredDraft) -> None:
         if weight.ndim == 1:
             arrays[name] = weight
             continue
-        packed = quantize(weight, _bits(name), BLOCK_SIZE, "rtn", symmetric=True)
+        packed = quantize(weight, _BITS, _BLOCK_SIZE)
         arrays[f"{name}.codes"], arrays[f"{name}.scales"] = packed.codes, packed.scales
         arrays[f"{name}.columns"] = packed.columns
     np.savez(path, **arrays)
@@ -69,9 +70,5 @@ def load_draft(path: Path) -> StoredDraft:
             weights[name] = array
         elif part == "codes":
             scales, columns = arrays[f"{name}.scales"], int(arrays[f"{name}.columns"])
-            weights[name] = dequantize(PackedWeight(array, scales, columns, _bits(name), BLOCK_SIZE))
+            weights[name] = dequantize(PackedWeight(array, scales, columns, _BITS, _BLOCK_SIZE))
     return StoredDraft(weights, vocabulary, training)
-
-
-def _bits(name: str) -> int:
-    return HEAD_BITS if name == "head" else LAYER_BITS
