@@ -18,11 +18,11 @@ from isthmus.cli import serve
 from isthmus.errors import IsthmusError
 from isthmus.runtime.server.server import BackServer
 
-def from_bundle(folder, listen, *, threads, security, limits, memory_limit_mb):
+def from_bundle(folder, listen, *, threads, security, limits, memory_limit_mb, metrics):
     architecture = SimpleNamespace(layers=30, d_model=16, vocab_size=256)
     manifest = SimpleNamespace(split=10, architecture=architecture, max_length=64, codecs=("raw32",))
     engine = SimpleNamespace(manifest=manifest, manifest_sha256="a" * 64)
-    return BackServer(engine, listen, security=security, limits=limits)
+    return BackServer(engine, listen, security=security, limits=limits, metrics=metrics)
 
 BackServer.from_bundle = from_bundle
 parser = argparse.ArgumentParser()
