@@ -1,7 +1,9 @@
 """Conversations that a split model writes, with what its layers compute on the way: what a draft is trained on.
 
 Many sequences advance together, a token each per step. A sequence answers prompt after prompt until its window is full,
-so that no step is wasted on one that has ended; half of them choose greedily, half sample.
+so that no step is wasted on one that has ended; half of them choose greedily, half sample. A prompt is given, or the
+model writes it itself: what it samples where a user would speak is of the kinds that it was trained on (Magpie, arXiv
+2406.08464).
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from .weights import Weights
 SEQUENCES = 64
 WINDOW = 512
 ANSWER_TOKENS = 224  # then the next prompt comes; small models begin to repeat themselves
-TEMPERATURE = 0.8
+PROMPT_TOKENS = 160  # of a prompt that the model writes, at most
+TEMPERATURE, PROMPT_TEMPERATURE = 0.8, 1.0
+_COLDEST = 1e-6  # the most probable token
 
 Floats = NDArray[np.float32]
 
@@ -97,13 +101,17 @@ class Writer:
         self._table = weights.embedding()
 
     def write(
-        self, chat: ChatFormat, prompts: Iterator[Sequence[int]], rng: np.random.Generator, progress: Progress = silent
+        self,
+        chat: ChatFormat,
+        prompts: Iterator[Sequence[int] | None],
+        rng: np.random.Generator,
+        progress: Progress = silent,
     ) -> Conversations:
         """One group of `SEQUENCES` conversations of `WINDOW` tokens.
 
         Args:
             chat: the model's format.
-            prompts: ids of prompts; taken as they are needed.
+            prompts: ids of prompts, None for one that the model writes; taken as they are needed.
             rng: samples.
             progress: called after each position.
         """
@@ -111,25 +119,13 @@ class Writer:
         ids, written = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
         hidden = np.zeros((*shape, self.arch.d_model), np.float16)
         final = np.zeros_like(hidden)
-        given = [[*chat.opening, *next(prompts), *chat.to_answer] for _ in range(SEQUENCES)]
-        answered = np.zeros(SEQUENCES, np.int64)
-        temperature = np.where(np.arange(SEQUENCES) % 2, np.float32(TEMPERATURE), np.float32(1e-6))[:, None]
+        speakers = [Speaker(chat, prompts, float(TEMPERATURE if row % 2 else _COLDEST)) for row in range(SEQUENCES)]
         front, back = self._front.session(SEQUENCES), self._back.session(SEQUENCES)
         chosen = np.zeros(SEQUENCES, np.int64)
         for position in range(WINDOW):
-            for row, pending in enumerate(given):
-                if pending:
-                    ids[row, position] = pending.pop(0)
-                    continue
-                ids[row, position], written[row, position] = chosen[row], True
-                answered[row] += 1
-                ended = chosen[row] in chat.end_tokens
-                if ended or answered[row] >= ANSWER_TOKENS:
-                    between = list(chat.to_prompt)
-                    if ended and between[:1] == [chosen[row]]:
-                        del between[0]
-                    given[row] = [*between, *next(prompts), *chat.to_answer]
-                    answered[row] = 0
+            for row, speaker in enumerate(speakers):
+                ids[row, position], written[row, position] = speaker.next(int(chosen[row]))
+            temperature = np.array([[speaker.temperature] for speaker in speakers], np.float32)
             at_split = front.step(self._table[ids[:, position]])
             hidden[:, position] = at_split
             last = back.step(at_split)
@@ -139,3 +135,45 @@ class Writer:
             chosen = (logits - np.log(noise, out=noise)).argmax(axis=1)
             progress("writing conversations", position + 1, WINDOW)
         return Conversations(ids, written, hidden, final)
+
+
+class Speaker:
+    """One sequence's turns: what comes next in it, the model's choice or what is given."""
+
+    def __init__(self, chat: ChatFormat, prompts: Iterator[Sequence[int] | None], temperature: float) -> None:
+        self._chat, self._prompts, self._answer_temperature = chat, prompts, temperature
+        self._given = list(chat.opening)
+        self._turn = 0  # tokens chosen in it
+        self._prompting = False
+        self._ask()
+
+    @property
+    def temperature(self) -> float:
+        """Of the next choice."""
+        return PROMPT_TEMPERATURE if self._prompting else self._answer_temperature
+
+    def next(self, chosen: int) -> tuple[int, bool]:
+        """The next id, and whether it is part of an answer; ``chosen`` is what the model would say."""
+        if self._given:
+            return self._given.pop(0), False
+        self._turn += 1
+        ended = chosen in self._chat.end_tokens
+        answer = not self._prompting
+        if answer and (ended or self._turn == ANSWER_TOKENS):
+            self._give(self._chat.to_prompt, after=chosen)
+            self._ask()
+        elif not answer and (ended or self._turn == PROMPT_TOKENS):
+            self._give(self._chat.to_answer, after=chosen)
+            self._prompting = False
+        return chosen, answer
+
+    def _ask(self) -> None:
+        prompt = next(self._prompts)
+        self._prompting = prompt is None
+        if prompt is not None:
+            self._given += [*prompt, *self._chat.to_answer]
+
+    def _give(self, between: Sequence[int], after: int) -> None:
+        """What stands between two turns; a turn's end may have been chosen already."""
+        self._turn = 0
+        self._given = list(between[1:] if between[:1] == [after] else between)

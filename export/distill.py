@@ -41,6 +41,7 @@ VOCABULARY = 4608
 D_FF_SHARE = 2 / 3  # of the model's own: with the default vocabulary a guess then takes a seventh of ten layers' time
 LEAST_GROUPS = 2
 PASSAGES = 64
+OWN_PROMPTS = 0.75  # of all prompts, those that the model writes; the others come from the templates
 
 _PROMPT, _ANSWER = "\u2021prompt\u2021", "\u2021answer\u2021"  # stand for themselves in a rendered template
 
@@ -65,7 +66,8 @@ def distill(
     Args:
         out: a bundle, or its device half, that is split.
         model: the checkpoint that it was exported from; by default what the manifest names.
-        prompts: a file with a prompt a line; by default those that come with the package.
+        prompts: a file with a prompt a line; by default the model writes three of four itself, and the others are
+            those that come with the package.
         minutes: of training, at most.
         groups: of conversations that the model writes first, 32,768 tokens each.
         vocabulary: ids that can be drafted, those that the model writes most.
@@ -191,7 +193,7 @@ def _conversations(
                 def told(what: str, done: int, total: int, group: int = group) -> None:
                     progress(what, group * total + done, groups * total)
 
-                writer.write(chat, fitting, rng, told).save(path)
+                writer.write(chat, fitting if given else with_own_prompts(fitting, rng), rng, told).save(path)
     return [Conversations.load(path) for path in paths]
 
 
@@ -200,6 +202,16 @@ def given_prompts(prompts: Sequence[str], rng: np.random.Generator) -> Iterator[
     while True:
         for index in rng.permutation(len(prompts)):
             yield prompts[index]
+
+
+def with_own_prompts(
+    prompts: Iterator[Sequence[int]], rng: np.random.Generator, share: float = OWN_PROMPTS
+) -> Iterator[Sequence[int] | None]:
+    """The same with None, for a prompt that the model writes, in a ``share`` of places."""
+    for prompt in prompts:
+        while rng.random() < share:
+            yield None
+        yield prompt
 
 
 def _passages(windows: Sequence[Sequence[int]], backend: Tokenizer, rng: np.random.Generator) -> list[str]:

@@ -12,16 +12,26 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if !defined(__GNUC__)
+#error "needs the vectors of GCC or Clang"
+#endif
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
 #define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define VECTORIZED
 #endif
 
-#if defined(__GNUC__)
-#define PREFETCH(address) __builtin_prefetch(address, 0, 2)
+typedef float Four __attribute__((vector_size(16)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef int32_t EightBits __attribute__((vector_size(32)));
+typedef float Sixteen __attribute__((vector_size(64)));
+typedef int32_t SixteenBits __attribute__((vector_size(64)));
+typedef int16_t SixteenShort __attribute__((vector_size(32)));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(vector, ...) __builtin_shufflevector(vector, vector, __VA_ARGS__)
 #else
-#define PREFETCH(address) ((void)(address))
+#define PICK(vector, ...) __builtin_shuffle(vector, (EightBits){__VA_ARGS__})
 #endif
 
 #define STATES 8
@@ -31,6 +41,7 @@
 #define PRECISION 14 /* frequencies of a table sum to 2 ** PRECISION */
 #define LOW (1u << 23) /* the coder's state stays at or above it, once it was */
 #define MAX_ESCAPE_BITS 20
+#define AHEAD 16 /* rows of a matrix that are asked for before their turn */
 #define ROWS_AT_ONCE 8 /* of a product: at d_model 576 they and four rows of the matrix fit the first cache */
 
 /* Ungerboeck's 8-state trellis over the subsets D0..D3 of the integers. States of even rank hold the union
@@ -84,9 +95,8 @@ static float point(int quantizer, int index) {
     return (float)(2 * index - (quantizer ? (index > 0) - (index < 0) : 0));
 }
 
-static float reconstruct(const float *offsets, int quantizer, int index) {
-    float value = point(quantizer, index);
-    return index >= -LIMIT && index <= LIMIT ? value + offsets[index + LIMIT] : value;
+static float reconstruct(const float *points, int quantizer, int index) {
+    return index >= -LIMIT && index <= LIMIT ? points[index + LIMIT] : point(quantizer, index);
 }
 
 static int bit_length(uint32_t value) { /* of a positive value, less one */
@@ -106,88 +116,109 @@ static float rate_of(const float *costs, int index, float bit) {
    to it, by the other one the latter. */
 static const uint8_t PARITY[STATES] = {0, 1, 1, 0, 1, 0, 0, 1};
 
+/* A component's choices in one quantizer: the index toward zero and the better of its neighbours, whose parity is the
+   other one, with their distortion + cost. */
+typedef struct {
+    int32_t index, neighbour;
+    float price, neighbour_price;
+} Choice;
+
+static inline __attribute__((always_inline)) Choice choose(float value, int quantizer, const float *points, const float *costs, float bit) {
+    const int32_t sign = -(value < 0), lower = (int32_t)((fabsf(value) + (float)quantizer) / 2);
+    Choice choice = {.index = (lower ^ sign) - sign};
+    float below, above;
+    if (lower < LIMIT) { /* the three lie side by side in the tables */
+        Four point, cost;
+        memcpy(&point, points + choice.index - 1 + LIMIT, sizeof point);
+        memcpy(&cost, costs + choice.index - 1 + LIMIT, sizeof cost);
+        const Four error = value - point, price = error * error + cost;
+        below = price[0], choice.price = price[1], above = price[2];
+    } else {
+        float price[3];
+        for (int side = 0; side < 3; side++) {
+            const int32_t index = choice.index + side - 1;
+            const float error = value - reconstruct(points, quantizer, index);
+            price[side] = error * error + rate_of(costs, index, bit);
+        }
+        below = price[0], choice.price = price[1], above = price[2];
+    }
+    /* Which one is as good as random: computed, not branched to. */
+    choice.neighbour = choice.index - 1 + 2 * (above < below);
+    choice.neighbour_price = above < below ? above : below;
+    return choice;
+}
+
 /* One row's path of least distortion + cost (Viterbi). Per component: which states come from the latter predecessor,
-   a bit each, in paths; and the best index of each parity of both quantizers in picked. */
-static void search_row(const float *values, const Model *model, const float *offsets, const float *costs, float bit,
-                       int32_t *indices, uint8_t *paths, int32_t (*picked)[2][2]) {
-    float best[STATES] = {0, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY}, next[STATES];
+   a lane each, in paths; and the best index of each parity of both quantizers in picked. */
+VECTORIZED static void search_row(const float *values, const Model *model, const float *points, const float *costs,
+                                  float bit, int32_t *indices, EightBits *paths, int32_t (*picked)[2][2]) {
+    const float never = INFINITY;
+    const EightBits parity = {0, -1, -1, 0, -1, 0, 0, -1}; /* PARITY */
+    Eight best = {0, never, never, never, never, never, never, never};
     for (Py_ssize_t i = 0; i < model->width; i++) {
-        const float value = values[i], magnitude = fabsf(value);
-        float price[2][2];
-        for (int q = 0; q < 2; q++) {
-            const Py_ssize_t table = 2 * model->contexts[i] + q;
-            const float *offset = offsets + table * (SYMBOLS - 1), *cost = costs + table * SYMBOLS;
-            /* The value's neighbours in this quantizer, toward zero and on both sides of that one. */
-            const int lower = (int)((magnitude + (q ? 1.0f : 0.0f)) / 2);
-            const int candidates[3] = {lower, lower ? lower - 1 : 1, lower + 1};
-            int32_t k[3];
-            float p[3];
-            for (int c = 0; c < 3; c++) {
-                k[c] = value < 0 ? -candidates[c] : candidates[c];
-                const float error = value - reconstruct(offset, q, k[c]);
-                p[c] = error * error + rate_of(cost, k[c], bit);
-            }
-            const int parity = lower & 1, upper = p[2] < p[1];
-            price[q][parity] = p[0];
-            price[q][!parity] = upper ? p[2] : p[1];
-            picked[i][q][parity] = k[0];
-            picked[i][q][!parity] = upper ? k[2] : k[1];
-        }
-        unsigned path = 0;
-        for (int to = 0; to < STATES; to++) {
-            const float *by = price[QUANTIZER[to / 2]];
-            const float former = best[to / 2] + by[PARITY[to]], latter = best[4 + to / 2] + by[!PARITY[to]];
-            next[to] = latter < former ? latter : former;
-            path |= (unsigned)(latter < former) << to;
-        }
-        paths[i] = (uint8_t)path;
-        memcpy(best, next, sizeof best);
+        const Py_ssize_t table = 2 * model->contexts[i] * SYMBOLS;
+        const Choice d = choose(values[i], 0, points + table, costs + table, bit),
+                     e = choose(values[i], 1, points + table + SYMBOLS, costs + table + SYMBOLS, bit);
+        const int32_t d_odd = d.index & 1, e_odd = e.index & 1;
+        picked[i][0][d_odd] = d.index, picked[i][0][!d_odd] = d.neighbour;
+        picked[i][1][e_odd] = e.index, picked[i][1][!e_odd] = e.neighbour;
+        /* By the quantizer of each state's predecessors; the lanes whose parity is the neighbour's are swapped. */
+        const Eight index = {d.price, d.price, e.price, e.price, d.price, d.price, e.price, e.price};
+        const Eight neighbour = {d.neighbour_price, d.neighbour_price, e.neighbour_price, e.neighbour_price,
+                                 d.neighbour_price, d.neighbour_price, e.neighbour_price, e.neighbour_price};
+        const EightBits odd = {-d_odd, -d_odd, -e_odd, -e_odd, -d_odd, -d_odd, -e_odd, -e_odd};
+        const EightBits swapped = ((EightBits)index ^ (EightBits)neighbour) & (odd ^ parity);
+        const Eight former = PICK(best, 0, 0, 1, 1, 2, 2, 3, 3) + (Eight)((EightBits)index ^ swapped);
+        const Eight latter = PICK(best, 4, 4, 5, 5, 6, 6, 7, 7) + (Eight)((EightBits)neighbour ^ swapped);
+        paths[i] = latter < former;
+        best = (Eight)((EightBits)former ^ (((EightBits)former ^ (EightBits)latter) & paths[i]));
     }
     int state = 0;
     for (int s = 1; s < STATES; s++)
         if (best[s] < best[state])
             state = s;
     for (Py_ssize_t i = model->width; i-- > 0;) {
-        const int latter = paths[i] >> state & 1;
+        const int latter = paths[i][state] & 1;
         indices[i] = picked[i][QUANTIZER[state / 2]][PARITY[state] ^ latter];
         state = state / 2 + 4 * latter;
     }
 }
 
 /* Needs no interpreter; -1 if memory is short. */
-static int search_rows(const float *values, Py_ssize_t rows, const Model *model, const float *offsets,
+static int search_rows(const float *values, Py_ssize_t rows, const Model *model, const float *points,
                        const float *costs, float bit, int32_t *indices) {
-    uint8_t *paths = malloc((size_t)model->width);
-    int32_t(*picked)[2][2] = malloc((size_t)model->width * sizeof *picked);
-    const int there = paths && picked;
+    const size_t width = (size_t)model->width;
+    void *room = malloc((width + 1) * sizeof(EightBits)); /* malloc aligns to less */
+    EightBits *paths = (EightBits *)(((uintptr_t)room + sizeof *paths - 1) / sizeof *paths * sizeof *paths);
+    int32_t(*picked)[2][2] = malloc(width * sizeof *picked);
+    const int there = room && picked;
     if (there)
         for (Py_ssize_t row = 0; row < rows; row++)
-            search_row(values + row * model->width, model, offsets, costs, bit, indices + row * model->width, paths,
+            search_row(values + row * model->width, model, points, costs, bit, indices + row * model->width, paths,
                        picked);
-    free(paths);
+    free(room);
     free(picked);
     return there ? 0 : -1;
 }
 
-/* Whether offsets and costs are those of a model's tables. */
-static int fit(const Model *model, const Py_buffer *offsets, const Py_buffer *costs) {
-    return offsets->len == 2 * model->tables * (SYMBOLS - 1) * (Py_ssize_t)sizeof(float) &&
-           costs->len == 2 * model->tables * SYMBOLS * (Py_ssize_t)sizeof(float);
+/* Whether an array of floats is of a model's symbols. */
+static int fits(const Model *model, const Py_buffer *array) {
+    return array->len == 2 * model->tables * SYMBOLS * (Py_ssize_t)sizeof(float);
 }
 
 static PyObject *quantize(PyObject *module, PyObject *args) {
-    Py_buffer values, contexts, cumulative, offsets, costs, indices;
+    Py_buffer values, contexts, cumulative, points, costs, indices;
     float bit;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*y*fw*", &values, &contexts, &cumulative, &offsets, &costs, &bit, &indices))
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*fw*", &values, &contexts, &cumulative, &points, &costs, &bit, &indices))
         return NULL;
     PyObject *result = NULL;
     Model model;
     if (read_model(&model, &contexts, &cumulative, 2) == 0) {
         const Py_ssize_t rows = values.len / (Py_ssize_t)sizeof(float) / model.width;
         if (values.len != rows * model.width * (Py_ssize_t)sizeof(float) || indices.len != values.len ||
-            !fit(&model, &offsets, &costs))
+            !fits(&model, &points) || !fits(&model, &costs))
             PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
-        else if (search_rows(values.buf, rows, &model, offsets.buf, costs.buf, bit, indices.buf) < 0)
+        else if (search_rows(values.buf, rows, &model, points.buf, costs.buf, bit, indices.buf) < 0)
             PyErr_NoMemory();
         else
             result = Py_NewRef(Py_None);
@@ -195,7 +226,7 @@ static PyObject *quantize(PyObject *module, PyObject *args) {
     PyBuffer_Release(&values);
     PyBuffer_Release(&contexts);
     PyBuffer_Release(&cumulative);
-    PyBuffer_Release(&offsets);
+    PyBuffer_Release(&points);
     PyBuffer_Release(&costs);
     PyBuffer_Release(&indices);
     return result;
@@ -344,9 +375,9 @@ static int take_index(Decoder *decoder, const uint16_t *table, int32_t *index) {
 }
 
 static PyObject *decode(PyObject *module, PyObject *args) {
-    Py_buffer payload, contexts, cumulative, offsets, values;
+    Py_buffer payload, contexts, cumulative, points, values;
     int trellis;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*w*p", &payload, &contexts, &cumulative, &offsets, &values, &trellis))
+    if (!PyArg_ParseTuple(args, "y*y*y*y*w*p", &payload, &contexts, &cumulative, &points, &values, &trellis))
         return NULL;
     PyObject *result = NULL;
     Model model;
@@ -354,7 +385,7 @@ static PyObject *decode(PyObject *module, PyObject *args) {
         float *all = values.buf;
         const Py_ssize_t rows = values.len / (Py_ssize_t)sizeof(float) / model.width;
         if (values.len != rows * model.width * (Py_ssize_t)sizeof(float) ||
-            offsets.len != (trellis ? 2 : 0) * model.tables * (SYMBOLS - 1) * (Py_ssize_t)sizeof(float)) {
+            (trellis ? !fits(&model, &points) : points.len != 0)) {
             PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
         } else {
             Decoder decoder = {0, payload.buf, (const uint8_t *)payload.buf + payload.len};
@@ -368,7 +399,7 @@ static PyObject *decode(PyObject *module, PyObject *args) {
                     failed = take_index(&decoder, table_of(&model, i, state), &index);
                     const Py_ssize_t table = 2 * model.contexts[i] + QUANTIZER[state];
                     all[row * model.width + i] =
-                        trellis ? reconstruct((const float *)offsets.buf + table * (SYMBOLS - 1), QUANTIZER[state], index)
+                        trellis ? reconstruct((const float *)points.buf + table * SYMBOLS, QUANTIZER[state], index)
                                 : (float)index;
                     state = NEXT[state][index & 1];
                 }
@@ -380,7 +411,7 @@ static PyObject *decode(PyObject *module, PyObject *args) {
     PyBuffer_Release(&payload);
     PyBuffer_Release(&contexts);
     PyBuffer_Release(&cumulative);
-    PyBuffer_Release(&offsets);
+    PyBuffer_Release(&points);
     PyBuffer_Release(&values);
     return result;
 }
@@ -424,28 +455,62 @@ static PyObject *count(PyObject *module, PyObject *args) {
     return result;
 }
 
-/* outputs += inputs @ matrix for a few rows, so that the matrix passes the caches once for all of them; always in the
-   same order, so that a row's bits never depend on its neighbours (BLAS gives no such promise). */
-VECTORIZED static void weigh(const float *inputs, const float *restrict matrix, float *outputs, Py_ssize_t rows,
-                             Py_ssize_t inner, Py_ssize_t stride, Py_ssize_t width) {
-    Py_ssize_t i = 0;
-    for (; i + 4 <= inner; i += 4) {
-        const float *restrict m = matrix + i * stride;
-        for (Py_ssize_t row = 0; row < rows; row++) {
-            const float *input = inputs + row * inner + i;
-            float *restrict output = outputs + row * width;
-            const float a = input[0], b = input[1], c = input[2], d = input[3];
-            for (Py_ssize_t j = 0; j < width; j++)
-                output[j] += (a * m[j] + b * m[j + stride]) + (c * m[j + 2 * stride] + d * m[j + 3 * stride]);
+/* outputs += inputs @ matrix for at most ROWS_AT_ONCE rows, so that the matrix passes the caches once for all of them;
+   always in the same order, so that a row's bits never depend on its neighbours (BLAS gives no such promise). The
+   matrix is of floats or, where its rows have scales, of 16-bit integers: half the bytes to read. */
+static inline __attribute__((always_inline)) void weigh(const float *inputs, const void *matrix, const float *scales,
+                                                        float *outputs, Py_ssize_t rows, Py_ssize_t inner,
+                                                        Py_ssize_t stride, Py_ssize_t width) {
+    const float *floats = matrix;
+    const int16_t *integers = matrix;
+    for (Py_ssize_t i = 0; i < inner; i += 4) {
+        const Py_ssize_t parts = inner - i < 4 ? inner - i : 4;
+        float by[ROWS_AT_ONCE][4] = {{0}};
+        for (Py_ssize_t row = 0; row < rows; row++)
+            for (Py_ssize_t part = 0; part < parts; part++)
+                by[row][part] = inputs[row * inner + i + part] * (scales ? scales[i + part] : 1);
+        /* What stands in for rows past the end is multiplied by zero. */
+        const Py_ssize_t at[4] = {i * stride, (i + (parts > 1)) * stride, (i + 2 * (parts > 2)) * stride,
+                                  (i + 3 * (parts > 3)) * stride};
+        Py_ssize_t j = 0;
+        for (; j + 16 <= width; j += 16) {
+            Sixteen m[4];
+            for (int part = 0; part < 4; part++)
+                if (scales) {
+                    SixteenShort read;
+                    memcpy(&read, integers + at[part] + j, sizeof read);
+                    m[part] = __builtin_convertvector(__builtin_convertvector(read, SixteenBits), Sixteen);
+                    if (i + AHEAD + 4 <= inner) /* two rows share a cache line's turn */
+                        __builtin_prefetch(integers + at[part] + AHEAD * stride + j, 0, 2);
+                } else
+                    memcpy(&m[part], floats + at[part] + j, sizeof m[part]);
+            for (Py_ssize_t row = 0; row < rows; row++) {
+                float *output = outputs + row * width + j;
+                Sixteen sum;
+                memcpy(&sum, output, sizeof sum);
+                sum += (by[row][0] * m[0] + by[row][1] * m[1]) + (by[row][2] * m[2] + by[row][3] * m[3]);
+                memcpy(output, &sum, sizeof sum);
+            }
+        }
+        for (; j < width; j++) {
+            float m[4];
+            for (int part = 0; part < 4; part++)
+                m[part] = scales ? (float)integers[at[part] + j] : floats[at[part] + j];
+            for (Py_ssize_t row = 0; row < rows; row++)
+                outputs[row * width + j] +=
+                    (by[row][0] * m[0] + by[row][1] * m[1]) + (by[row][2] * m[2] + by[row][3] * m[3]);
         }
     }
-    for (; i < inner; i++)
-        for (Py_ssize_t row = 0; row < rows; row++) {
-            float *restrict output = outputs + row * width;
-            const float a = inputs[row * inner + i];
-            for (Py_ssize_t j = 0; j < width; j++)
-                output[j] += a * matrix[i * stride + j];
-        }
+}
+
+VECTORIZED static void weigh_floats(const float *inputs, const float *matrix, float *outputs, Py_ssize_t rows,
+                                    Py_ssize_t inner, Py_ssize_t stride, Py_ssize_t width) {
+    weigh(inputs, matrix, NULL, outputs, rows, inner, stride, width);
+}
+
+VECTORIZED static void weigh_integers(const float *inputs, const int16_t *matrix, const float *scales, float *outputs,
+                                      Py_ssize_t rows, Py_ssize_t inner, Py_ssize_t width) {
+    weigh(inputs, matrix, scales, outputs, rows, inner, inner, width);
 }
 
 static PyObject *multiply(PyObject *module, PyObject *args) {
@@ -463,8 +528,8 @@ static PyObject *multiply(PyObject *module, PyObject *args) {
         memset(outputs.buf, 0, (size_t)outputs.len);
         Py_BEGIN_ALLOW_THREADS
         for (Py_ssize_t row = 0; row < rows; row += ROWS_AT_ONCE)
-            weigh((const float *)inputs.buf + row * inner, matrix.buf, (float *)outputs.buf + row * width,
-                  rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE, inner, stride, width);
+            weigh_floats((const float *)inputs.buf + row * inner, matrix.buf, (float *)outputs.buf + row * width,
+                         rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE, inner, stride, width);
         Py_END_ALLOW_THREADS
         result = Py_NewRef(Py_None);
     }
@@ -472,36 +537,6 @@ static PyObject *multiply(PyObject *module, PyObject *args) {
     PyBuffer_Release(&matrix);
     PyBuffer_Release(&outputs);
     return result;
-}
-
-/* What `weigh` does, with a matrix of 16-bit integers whose rows have scales: half the bytes to read, which is what a
-   single token waits for. */
-VECTORIZED static void weigh_integers(const float *inputs, const int16_t *restrict matrix, const float *scales,
-                                      float *outputs, Py_ssize_t rows, Py_ssize_t inner, Py_ssize_t width) {
-    Py_ssize_t i = 0;
-    for (; i + 4 <= inner; i += 4) {
-        const int16_t *restrict m = matrix + i * inner;
-        const float *scale = scales + i;
-        if (i + 20 <= inner)
-            for (Py_ssize_t j = 0; j < 4 * inner; j += 32) /* a cache line each, four blocks ahead */
-                PREFETCH(m + 16 * inner + j);
-        for (Py_ssize_t row = 0; row < rows; row++) {
-            const float *input = inputs + row * inner + i;
-            float *restrict output = outputs + row * width;
-            const float a = input[0] * scale[0], b = input[1] * scale[1], c = input[2] * scale[2],
-                        d = input[3] * scale[3];
-            for (Py_ssize_t j = 0; j < width; j++)
-                output[j] += (a * (float)m[j] + b * (float)m[j + inner]) +
-                             (c * (float)m[j + 2 * inner] + d * (float)m[j + 3 * inner]);
-        }
-    }
-    for (; i < inner; i++)
-        for (Py_ssize_t row = 0; row < rows; row++) {
-            float *restrict output = outputs + row * width;
-            const float a = inputs[row * inner + i] * scales[i];
-            for (Py_ssize_t j = 0; j < width; j++)
-                output[j] += a * (float)matrix[i * inner + j];
-        }
 }
 
 /* Rows in the transform's basis without what their tokens predict, in steps; which of them lie within the limit. */
@@ -529,12 +564,12 @@ static void transform(const float *inputs, Py_ssize_t rows, Py_ssize_t inner, co
 /* Transform, path and code of a frame's ordinary rows, in one call, for one token is all that a step of a decode
    sends. Their coded rows end the output; the result is where they begin, its length if no row is ordinary. */
 static PyObject *encode_hidden(PyObject *module, PyObject *args) {
-    Py_buffer hidden, ids, ordinary, output, matrix, scales, predicted, predicted_scale, contexts, cumulative, offsets,
+    Py_buffer hidden, ids, ordinary, output, matrix, scales, predicted, predicted_scale, contexts, cumulative, points,
         costs;
     float limit, step, bit;
     unsigned int seed;
     if (!PyArg_ParseTuple(args, "y*y*w*w*y*y*y*y*ffy*y*y*y*fI", &hidden, &ids, &ordinary, &output, &matrix, &scales,
-                          &predicted, &predicted_scale, &limit, &step, &contexts, &cumulative, &offsets, &costs, &bit,
+                          &predicted, &predicted_scale, &limit, &step, &contexts, &cumulative, &points, &costs, &bit,
                           &seed))
         return NULL;
     PyObject *result = NULL;
@@ -545,7 +580,7 @@ static PyObject *encode_hidden(PyObject *module, PyObject *args) {
     } else if (!inner || model.width > inner || scales.len != inner * size || predicted_scale.len != inner * size ||
                matrix.len != inner * inner * (Py_ssize_t)sizeof(int16_t) || hidden.len != rows * inner * size ||
                ids.len != rows * (Py_ssize_t)sizeof(int64_t) || predicted.len % inner ||
-               !fit(&model, &offsets, &costs) || seed >= LOW || predicted.len / inner > (Py_ssize_t)(LOW - seed)) {
+               !fits(&model, &points) || !fits(&model, &costs) || seed >= LOW || predicted.len / inner > (Py_ssize_t)(LOW - seed)) {
         PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
     } else {
         const int64_t *id = ids.buf, vocabulary = predicted.len / inner;
@@ -571,7 +606,7 @@ static PyObject *encode_hidden(PyObject *module, PyObject *args) {
                         first = (uint32_t)id[row];
                     memmove(values + coded++ * width, values + row * width, (size_t)width * sizeof *values);
                 }
-            if (coded && search_rows(values, coded, &model, offsets.buf, costs.buf, bit, indices) < 0)
+            if (coded && search_rows(values, coded, &model, points.buf, costs.buf, bit, indices) < 0)
                 start = -2;
             else if (coded)
                 start = put_rows(indices, coded, &model, seed + first, &output);
@@ -591,23 +626,23 @@ static PyObject *encode_hidden(PyObject *module, PyObject *args) {
     PyBuffer_Release(&predicted_scale);
     PyBuffer_Release(&contexts);
     PyBuffer_Release(&cumulative);
-    PyBuffer_Release(&offsets);
+    PyBuffer_Release(&points);
     PyBuffer_Release(&costs);
     return result;
 }
 
 static PyMethodDef METHODS[] = {
     {"quantize", quantize, METH_VARARGS,
-     "quantize(values, contexts, cumulative, offsets, costs, bit, indices): the trellis path of least cost"},
+     "quantize(values, contexts, cumulative, points, costs, bit, indices): the trellis path of least cost"},
     {"encode", encode, METH_VARARGS,
      "encode(indices, contexts, cumulative, seed, output, trellis) -> offset in output"},
     {"decode", decode, METH_VARARGS,
-     "decode(payload, contexts, cumulative, offsets, values, trellis) -> seed or -1"},
+     "decode(payload, contexts, cumulative, points, values, trellis) -> seed or -1"},
     {"count", count, METH_VARARGS, "count(values, indices, contexts, counts, sums): adds to counts and sums"},
     {"multiply", multiply, METH_VARARGS, "multiply(inputs, matrix, outputs, inner, stride, width)"},
     {"encode_hidden", encode_hidden, METH_VARARGS,
      "encode_hidden(hidden, ids, ordinary, output, matrix, scales, predicted, predicted_scale, limit, step, contexts, "
-     "cumulative, offsets, costs, bit, seed) -> offset in output"},
+     "cumulative, points, costs, bit, seed) -> offset in output"},
     {NULL, NULL, 0, NULL},
 };
 

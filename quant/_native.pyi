@@ -2,10 +2,10 @@
 from typing import Any
 
 def quantize(
-    values: Any, contexts: Any, cumulative: Any, offsets: Any, costs: Any, bit: float, indices: Any, /
+    values: Any, contexts: Any, cumulative: Any, points: Any, costs: Any, bit: float, indices: Any, /
 ) -> None: ...
 def encode(indices: Any, contexts: Any, cumulative: Any, seed: int, output: bytearray, trellis: bool, /) -> int: ...
-def decode(payload: Any, contexts: Any, cumulative: Any, offsets: Any, values: Any, trellis: bool, /) -> int: ...
+def decode(payload: Any, contexts: Any, cumulative: Any, points: Any, values: Any, trellis: bool, /) -> int: ...
 def count(values: Any, indices: Any, contexts: Any, counts: Any, sums: Any, /) -> None: ...
 def multiply(inputs: Any, matrix: Any, outputs: Any, inner: int, stride: int, width: int, /) -> None: ...
 def encode_hidden(
@@ -21,7 +21,7 @@ def encode_hidden(
     step: float,
     contexts: Any,
     cumulative: Any,
-    offsets: Any,
+    points: Any,
     costs: Any,
     bit: float,
     seed: int,

@@ -17,6 +17,7 @@ has a trellis path of its own.
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -132,9 +133,12 @@ class KLT:
     def __init__(self, tables: KLTTables, level: int) -> None:
         if not 0 <= level < len(tables.levels):
             raise CodecError(f"level {level}: these tables have levels 0 (finest) to {len(tables.levels) - 1}")
-        native()
+        self._encode = native().encode_hidden
         self._tables = tables
         self._level = level
+        self._level_byte = bytes([level])
+        self._d_model = len(tables.forward)
+        self._width = tables.levels[level].tables.width
         self._id_type = np.dtype("<u2" if len(tables.predicted) <= 1 << 16 else "<u4")
         # 16-bit integers err far less than any step does, and a single token waits for the matrix to be read.
         largest = np.maximum(np.abs(tables.forward).max(axis=1), np.float32(1e-30))
@@ -159,22 +163,27 @@ class KLT:
         Raises:
             CodecError: NaN or infinity, another width, or ids that do not fit.
         """
-        hidden, ids = shaped_hidden(hidden), np.asarray(token_ids, np.int64)
-        predicted = self._tables.predicted
-        if hidden.shape != (len(ids), len(self._forward)) or min(token_ids) < 0 or max(token_ids) >= len(predicted):
+        # A single token comes when the caches hold the front's weights, and each call into NumPy then costs
+        # microseconds: so there is none that it can do without.
+        hidden = shaped_hidden(hidden)
+        tokens, vocabulary = len(token_ids), len(self._tables.predicted)
+        if hidden.shape != (tokens, self._d_model) or not 0 <= min(token_ids) <= max(token_ids) < vocabulary:
             raise CodecError(
-                f"hidden states {list(hidden.shape)} and {len(ids)} token ids: klt takes [tokens, "
-                f"{len(self._forward)}] and as many ids below {len(predicted)}"
+                f"hidden states {list(hidden.shape)} and {tokens} token ids: klt takes [tokens, {self._d_model}] and "
+                f"as many ids below {vocabulary}"
             )
-        ordinary = np.empty(len(ids), np.bool_)
-        output = coder_output(ordinary.size * self._tables.levels[self._level].tables.width)
-        start = native().encode_hidden(hidden, ids, ordinary, output, *self._constants)
-        head = bytes([self._level])
-        if not ordinary.all():
+        ordinary = bytearray(tokens)
+        output = coder_output(tokens * self._width)
+        start = self._encode(hidden, array("q", token_ids), ordinary, output, *self._constants)
+        if tokens == 1 and ordinary[0]:
+            return self._level_byte + output[start:]
+        head, coded = self._level_byte, np.array(token_ids, self._id_type)
+        if not all(ordinary):
             check_finite(hidden)  # a row that is not is not ordinary either
-            head = bytes([self._level | _RAW_SECTION]) + _raw_section(hidden, ~ordinary)
-            ids = ids[ordinary]
-        return b"".join((head, ids[1:].astype(self._id_type).tobytes(), memoryview(output)[start:]))
+            kept = np.frombuffer(ordinary, np.bool_)
+            head = bytes([self._level | _RAW_SECTION]) + _raw_section(hidden, ~kept)
+            coded = coded[kept]
+        return b"".join((head, coded[1:].tobytes(), memoryview(output)[start:]))
 
     def decode(self, payload: bytes, tokens: int, d_model: int) -> Floats:
         """Decode hidden states ``[tokens, d_model]``, of any level.

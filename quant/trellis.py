@@ -86,9 +86,14 @@ class TrellisTables:
         return (np.log2(FREQUENCIES) - np.log2(frequencies)).astype(np.float32)
 
     @cached_property
+    def points(self) -> Floats:
+        """What each symbol stands for, ``[tables, 2, SYMBOLS]``; the escape's is not used."""
+        return np.pad(_points() + self.offsets, ((0, 0), (0, 0), (0, 1)))
+
+    @cached_property
     def coder(self) -> tuple[NDArray[np.uint8], NDArray[np.uint16], Floats, Floats, float]:
         """What the compiled path search takes besides its values."""
-        return self.contexts, self.cumulative, self.offsets, (BIT_PRICE * self.bits).astype(np.float32), BIT_PRICE
+        return self.contexts, self.cumulative, self.points, (BIT_PRICE * self.bits).astype(np.float32), BIT_PRICE
 
     def quantize(self, values: Floats) -> NDArray[np.int32]:
         """Indices ``[rows, width]`` that make squared error + `BIT_PRICE` x bits least, row by row.
@@ -113,7 +118,7 @@ class TrellisTables:
             CodecError: the payload is longer or shorter than what `encode` wrote, or holds an impossible escape.
         """
         values = np.empty((rows, self.width), np.float32)
-        seed = native().decode(payload, self.contexts, self.cumulative, self.offsets, values, True)
+        seed = native().decode(payload, self.contexts, self.cumulative, self.points, values, True)
         if seed < 0:
             raise CodecError(f"{len(payload)} coded bytes that are not {rows} rows; send the frame again")
         return values, seed

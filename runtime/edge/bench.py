@@ -68,7 +68,7 @@ class Breakdown:
         queue_ms: waiting for the server's compute thread.
         back_ms: the back's layers and head, inside onnxruntime.
         server_ms: the rest of the server's compute: buffers, choice of the token.
-        link_ms: everything else: TLS, gRPC and the network, both ways.
+        link_ms: everything else: frames, TLS, gRPC and the network, both ways.
         total_ms: from one token to the next.
         overhead_ms: total without front and back.
     """

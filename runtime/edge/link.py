@@ -193,8 +193,9 @@ class RemoteBack:
         self._session.check_open()
         started = perf_counter()
         payload = self._codec.encode(hidden, token_ids)
+        encoded = perf_counter()
         message = step_message(self._session.last_step + 1, position, len(hidden), sample, payload)
-        return self._exchange(message, position, started, sample=sample)
+        return self._exchange(message, position, encoded, encoded - started, sample=sample)
 
     @property
     def verifies(self) -> bool:
@@ -235,13 +236,13 @@ class RemoteBack:
             raise RequestError(f"{len(self._questions)} steps without an answer: collect one, {RESULTS_KEPT} are kept")
         started = perf_counter()
         payload = self._codec.encode(hidden, token_ids)
+        encoded = perf_counter()
         drafts = [*path, *token_ids[len(token_ids) - drafted :]]
         step = session.last_step + 1
         message = step_message(step, position, len(hidden), True, payload, drafts)
-        sent = perf_counter()
         ids = tuple(token_ids)
         trip = self.round_trips + 1
-        self._questions.append(Question(step, position, ids, drafted, trip, sent - started, sent))
+        self._questions.append(Question(step, position, ids, drafted, trip, encoded - started, encoded))
         session.send(message, position)
 
     def answered(self) -> bool:
@@ -273,7 +274,7 @@ class RemoteBack:
             bytes_up=bytes_up,
             bytes_down=session.bytes_down - bytes_down,
             encode_s=question.encode_s,
-            wait_s=perf_counter() - question.sent,
+            wait_s=perf_counter() - question.encoded,
             server_decode_s=last.decode_us / 1e6,
             server_queue_s=last.queue_us / 1e6,
             server_compute_s=last.compute_us / 1e6,
@@ -297,16 +298,16 @@ class RemoteBack:
         self._session.check_open()
         started = perf_counter()
         coding, payload = encode_rows(rows, exact=self._codec.name == "raw32")
+        encoded = perf_counter()
         layers, _, _, tokens, _ = rows.shape
         chunk = pb.KVChunk(
             tokens=tokens, first_layer=first_layer, last_layer=first_layer + layers, coding=coding, payload=payload
         )
         message = kv_message(self._session.last_step + 1, position, chunk)
-        return self._exchange(message, position, started, sample=False)
+        return self._exchange(message, position, encoded, encoded - started, sample=False)
 
-    def _exchange(self, message: bytes, position: int, started: float, *, sample: bool) -> StepReport:
+    def _exchange(self, message: bytes, position: int, encoded: float, encode_s: float, *, sample: bool) -> StepReport:
         """Send the next step; take in what results there are, or are due."""
-        encoded = perf_counter()
         session = self._session
         bytes_up, bytes_down = session.bytes_up, session.bytes_down
         session.send(message, position)
@@ -322,7 +323,7 @@ class RemoteBack:
             token=last.token if sample and last.HasField("token") else None,
             bytes_up=session.bytes_up - bytes_up,
             bytes_down=session.bytes_down - bytes_down,
-            encode_s=encoded - started,
+            encode_s=encode_s,
             wait_s=perf_counter() - encoded,
             server_decode_s=sum(result.decode_us for result in results) / 1e6,
             server_queue_s=sum(result.queue_us for result in results) / 1e6,

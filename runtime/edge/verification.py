@@ -16,7 +16,8 @@ class Question(NamedTuple):
         ids: of its positions.
         drafted: how many of the last ids are guesses.
         trip: round trips, one after the other, until its answer is in.
-        sent: `time.perf_counter` when it was handed to the link.
+        encode_s: that the codec took.
+        encoded: `time.perf_counter` after that.
     """
 
     step: int
@@ -25,7 +26,7 @@ class Question(NamedTuple):
     drafted: int
     trip: int
     encode_s: float
-    sent: float
+    encoded: float
 
     @property
     def continues(self) -> bool:

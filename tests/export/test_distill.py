@@ -15,8 +15,8 @@ from isthmus.errors import BundleError, ExportError
 from isthmus.export import conversations, draft_training
 from isthmus.export import distill as distillation
 from isthmus.export.checkpoint import open_checkpoint
-from isthmus.export.conversations import ChatFormat, Conversations, Writer
-from isthmus.export.distill import distill
+from isthmus.export.conversations import ChatFormat, Conversations, Speaker, Writer
+from isthmus.export.distill import distill, with_own_prompts
 from isthmus.export.families import family_of
 from isthmus.export.prompts import default_prompts, read_prompts
 from isthmus.export.shipped_drafts import StoredDraft, load_draft, save_draft, shipped_draft
@@ -91,6 +91,32 @@ def test_prompts_are_given_and_answers_are_the_models(writer, local_model, tiny)
         places = np.flatnonzero(text.written[row])
         greedy = logits[places - 1].argmax(axis=1) == np.array(ids)[places]
         assert greedy.mean() > 0.9, "the batched graphs round a little otherwise"
+
+
+def test_the_model_writes_prompts_that_are_not_given(writer, monkeypatch):
+    monkeypatch.setattr(conversations, "PROMPT_TOKENS", 6)
+    chat = ChatFormat([1], [4, 5], [6], (255,))
+    text = writer.write(chat, iter([None] * 1000), np.random.default_rng(0))
+    for row in range(SEQUENCES):
+        ids, answers = text.ids[row].tolist(), text.written[row]
+        end = next((place for place in range(1, 7) if ids[place] == 255), 6)
+        assert not answers[: end + 3].any(), "neither the prompt nor what stands around it is an answer"
+        assert ids[end + 1 : end + 3] == [4, 5]
+        assert answers[end + 3]
+    assert len({tuple(ids[1:7]) for ids in text.ids.tolist()}) > 1, "prompts are sampled, in greedy sequences, too"
+
+
+def test_an_end_that_the_model_chose_is_not_said_twice(writer):
+    """Where the end token is what stands between two turns."""
+    speaker = Speaker(ChatFormat([1], [9, 5], [9, 6], (9,)), iter([None, [7]]), 0.0)
+    said = [speaker.next(chosen) for chosen in (0, 3, 9, 0, 8, 9, 0, 0, 0, 0, 2)]
+    assert [token for token, _ in said] == [1, 3, 9, 5, 8, 9, 6, 7, 9, 5, 2]
+    assert [answer for _, answer in said] == [*[False] * 4, True, True, *[False] * 4, True]
+
+
+def test_three_of_four_prompts_are_the_models_own():
+    prompts = with_own_prompts(iter([[1]] * 5000), np.random.default_rng(0))
+    assert 0.7 < np.mean([prompt is None for prompt in prompts]) < 0.8
 
 
 def test_a_seed_gives_the_same_conversations(writer):
