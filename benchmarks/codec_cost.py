@@ -70,24 +70,28 @@ def median_microseconds(call: Callable[[], object]) -> float:
 
 def layer_microseconds(bits: int, tokens: int) -> float:
     """Microseconds per token of one layer of Llama 2 7B's shapes after 128 tokens of context, on one thread."""
-    from isthmus.export.decoder import SegmentBuilder, build_block
+    from isthmus.export.decoder import SegmentBuilder, block_names, build_block
     from isthmus.export.families.common import LayerTensors
     from isthmus.export.graph import GraphWriter
-    from isthmus.runtime.bundle import Architecture
+    from isthmus.export.weights import Weights
+    from isthmus.runtime.bundle import Architecture, KVSpec
 
     arch = Architecture("llama", 32, 4096, 32, 32, 128, 11008, 32000, 1e-5, 1e4, 4096, False)
     shapes = {"up": (11008, 4096), "gate": (11008, 4096), "down": (4096, 11008), "norm": (4096,)}
     rng = np.random.default_rng(0)
 
-    def read(name: str) -> NDArray[np.float32]:
-        shape = next((shape for key, shape in shapes.items() if key in name), (4096, 4096))
-        return rng.standard_normal(shape, np.float32) * np.float32(0.02)
+    class Noise:
+        def tensor(self, name: str) -> NDArray[np.float32]:
+            shape = next((shape for key, shape in shapes.items() if key in name), (4096, 4096))
+            return rng.standard_normal(shape, np.float32) * np.float32(0.02)
 
     fields = LayerTensors.__dataclass_fields__
     names = LayerTensors(**{field: field for field in fields if field != "qkv_biases"})
     with tempfile.TemporaryDirectory() as folder:
         writer = GraphWriter(Path(folder), "layer")
-        build_block(SegmentBuilder(writer, arch, bits, 32), read, {0: names}, 512)
+        kv = KVSpec(32, arch.kv_heads, arch.head_dim)
+        weights = Weights.uniform(Noise(), bits, 32)  # type: ignore[arg-type]
+        build_block(SegmentBuilder(writer, arch, weights, block_names(range(1))), {0: names}, 512, kv, {})
         graph = Graph(writer.graph_path, 1)
         cache = np.zeros((1, 32, 512, 128), np.float32)
         length = 128 + tokens
