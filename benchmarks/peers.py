@@ -4,11 +4,12 @@ Both stay loaded, each in a process of its own, and take turns test by test, A B
 because a machine that is busy with something else slows both. ``pp<N>`` is the prefill of N tokens with the
 logits of the last, ``tg<N>`` the generation of N tokens one by one, as in llama-bench; both choose greedily.
 
-    python benchmarks/peers.py [--model MODEL] [--bundle OUT/device] [--threads 1,2]
+    python benchmarks/peers.py [--model MODEL] [--bundle OUT/device | --rounded] [--threads 1,2]
 
 The bundle is one made with ``isthmus export MODEL -o OUT --split all``; without it that is done first. It should
 have the file's own precisions: the default, 4-bit layers with an 8-bit embedding and head, has those of the
-catalog's ``smollm2-135m-instruct``. llama.cpp is used through llama-cpp-python, in this environment
+catalog's ``smollm2-135m-instruct``. That file's Q4_1 blocks are copied with their offsets, which takes time;
+``--rounded`` rounds them to plain 4-bit blocks instead. llama.cpp is used through llama-cpp-python, in this environment
 or, with ``--llama-python``, in that of another Python; its bare C calls are driven, not its Python class.
 """
 
@@ -21,9 +22,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from unittest.mock import patch
 
 INSTALL = """{python} has no llama_cpp ({error}). Install it with
 
@@ -190,6 +193,7 @@ def main() -> None:
         return
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a .gguf file or a catalog name")
     parser.add_argument("--bundle", metavar="DIR", help="OUT/device, exported from it with --split all")
+    parser.add_argument("--rounded", action="store_true", help="export without copying the file's blocks")
     parser.add_argument("--threads", default="1,2", metavar="N[,N]")
     parser.add_argument("--prompt-tokens", default="128,512", metavar="N[,N]")
     parser.add_argument("--new-tokens", default="128", metavar="N[,N]")
@@ -201,7 +205,8 @@ def main() -> None:
         if not args.bundle:
             from isthmus.export.export import export_bundle
 
-            export_bundle(args.model, Path(scratch, "bundle"), split=None)
+            with patch("isthmus.export.weights.copied", return_value=None) if args.rounded else nullcontext():
+                export_bundle(args.model, Path(scratch, "bundle"), split=None, calibration_tokens=0)
             args.bundle = str(Path(scratch, "bundle", "device"))
         compare(args)
 
