@@ -81,7 +81,7 @@ class BackEngine:
             return
         for (session, _, _), rows in zip(parts, wanted, strict=True):
             if len(rows):
-                session.take(self._head.logits(rows[0])[None].copy())
+                session.keep(rows.copy())
 
     @property
     def onnxruntime_seconds(self) -> float:
@@ -111,7 +111,11 @@ class BackSession:
 
     def advance(self, hidden: NDArray[np.float32]) -> None:
         """Run hidden states ``[tokens, d_model]`` through the back's layers."""
-        self._rows, self._logits = self._stack.forward(hidden), None
+        self.keep(self._stack.forward(hidden))
+
+    def keep(self, rows: NDArray[np.float32]) -> None:
+        """Keep the last layer's rows ``[rows, d_model]`` of the last advanced positions until their tokens are chosen."""
+        self._rows, self._logits = rows, None
 
     @property
     def cache(self) -> KVCache:

@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def advance_together(bundle: Bundle) -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Lane:
     """Buffers and bindings for one shape of batch; a binding does not keep its memory alive."""
 
@@ -51,6 +52,7 @@ class _Lane:
     packed_rows: NDArray[np.int64]
     padded_rows: NDArray[np.int64]
     runs: list[tuple[Graph, ort.IOBinding]]
+    layout: tuple[list[int], list[int]] = ([], [])  # slots and rows that what follows from them was written for
 
     @property
     def inputs(self) -> dict[str, NDArray[Any]]:
@@ -59,6 +61,18 @@ class _Lane:
             name: getattr(self, name)
             for name in ("seqlens_k", "query_seqlens", "total_sequence_length", "packed_rows", "padded_rows")
         }
+
+    def arrange(self, slots: list[int], counts: list[int]) -> None:
+        """Write which rows belong to which slot; each sequence has a dummy row."""
+        self.query_seqlens[:] = 0
+        self.packed_rows[:] = 0
+        queries, end = self.packed_rows.shape[1], 0
+        for slot, count in zip(slots, counts, strict=True):
+            at, start, end = slot - min(slots), end, end + count
+            self.query_seqlens[at] = count + 1
+            self.packed_rows[at, :count] = np.arange(start, end)
+            self.padded_rows[0, start:end] = np.arange(at * queries, at * queries + count)
+        self.layout = (slots, counts)
 
 
 class RaggedStack:
@@ -116,27 +130,24 @@ class RaggedStack:
                 )
         slots = [self.pool.slot(cache) for cache, _ in parts]
         counts = [len(hidden) for _, hidden in parts]
+        ends = list(accumulate(counts))
         first, last = min(slots), max(slots) + 1
-        queries = max(counts) + 1  # each sequence has a dummy row
-        lane = self._lane(first, last, sum(counts), queries)
+        lane = self._lane(first, last, ends[-1], max(counts) + 1)
+        if lane.layout != (slots, counts):
+            lane.arrange(slots, counts)
         # A sequence that rests keeps what it has.
-        lane.query_seqlens[:] = 0
-        lane.seqlens_k[:] = [max(0, self.pool.length(slot) - 1) for slot in range(first, last)]
-        lane.packed_rows[:] = 0
-        ends = np.cumsum(counts)
+        seqlens = [max(0, self.pool.length(slot) - 1) for slot in range(first, last)]
         for (cache, hidden), slot, count, end in zip(parts, slots, counts, ends, strict=True):
-            at, rows = slot - first, slice(end - count, end)
-            lane.hidden[0][0, rows] = hidden
-            lane.query_seqlens[at] = count + 1
-            lane.seqlens_k[at] = cache.length + count
-            lane.packed_rows[at, :count] = np.arange(end - count, end)
-            lane.padded_rows[0, rows] = np.arange(at * queries, at * queries + count)
-        lane.total_sequence_length[...] = lane.seqlens_k.max() + 1
+            lane.hidden[0][0, end - count : end] = hidden
+            seqlens[slot - first] = cache.length + count
+        lane.seqlens_k[:] = seqlens
+        lane.total_sequence_length[...] = max(seqlens) + 1
         for graph, binding in lane.runs:
             graph.run_bound(binding)
         for (cache, _), count in zip(parts, counts, strict=True):
             cache.length += count
-        return np.split(lane.hidden[len(lane.runs) % 2][0], ends[:-1])
+        output = lane.hidden[len(lane.runs) % 2][0]
+        return [output[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
     def _lane(self, first: int, last: int, rows: int, queries: int) -> _Lane:
         key = (first, last, rows, queries)
