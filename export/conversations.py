@@ -28,7 +28,6 @@ WINDOW = 512
 ANSWER_TOKENS = 224  # then the next prompt comes; small models begin to repeat themselves
 PROMPT_TOKENS = 160  # of a prompt that the model writes, at most
 TEMPERATURE, PROMPT_TEMPERATURE = 0.8, 1.0
-_COLDEST = 1e-6  # the most probable token
 
 Floats = NDArray[np.float32]
 
@@ -119,22 +118,33 @@ class Writer:
         ids, written = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
         hidden = np.zeros((*shape, self.arch.d_model), np.float16)
         final = np.zeros_like(hidden)
-        speakers = [Speaker(chat, prompts, float(TEMPERATURE if row % 2 else _COLDEST)) for row in range(SEQUENCES)]
+        speakers = [Speaker(chat, prompts, TEMPERATURE if row % 2 else 0.0) for row in range(SEQUENCES)]
         front, back = self._front.session(SEQUENCES), self._back.session(SEQUENCES)
         chosen = np.zeros(SEQUENCES, np.int64)
         for position in range(WINDOW):
             for row, speaker in enumerate(speakers):
                 ids[row, position], written[row, position] = speaker.next(int(chosen[row]))
-            temperature = np.array([[speaker.temperature] for speaker in speakers], np.float32)
             at_split = front.step(self._table[ids[:, position]])
             hidden[:, position] = at_split
             last = back.step(at_split)
             final[:, position] = last
-            logits = self._head.logits(last) / temperature
-            noise = rng.exponential(size=logits.shape).astype(np.float32)
-            chosen = (logits - np.log(noise, out=noise)).argmax(axis=1)
+            chosen = choose(self._head.logits(last), [speaker.temperature for speaker in speakers], rng)
             progress("writing conversations", position + 1, WINDOW)
         return Conversations(ids, written, hidden, final)
+
+
+def choose(logits: Floats, temperatures: Sequence[float], rng: np.random.Generator) -> NDArray[np.int64]:
+    """A token for each row of logits ``[rows, vocab_size]``: the most probable at temperature 0, else a sampled one."""
+    chosen = logits.argmax(axis=1)
+    warm = np.flatnonzero(temperatures)
+    if len(warm):
+        scaled = (logits[warm] - logits[warm].max(axis=1, keepdims=True)) / np.array(temperatures, np.float32)[
+            warm, None
+        ]
+        reached = np.exp(scaled).cumsum(axis=1, dtype=np.float64)
+        drawn = rng.random(len(warm)) * reached[:, -1]
+        chosen[warm] = [np.searchsorted(row, place, "right") for row, place in zip(reached, drawn, strict=True)]
+    return chosen
 
 
 class Speaker:

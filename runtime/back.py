@@ -114,7 +114,7 @@ class BackSession:
         self.keep(self._stack.forward(hidden))
 
     def keep(self, rows: NDArray[np.float32]) -> None:
-        """Keep the last layer's rows ``[rows, d_model]`` of the last advanced positions until their tokens are chosen."""
+        """Keep the last layer's ``[rows, d_model]`` of the last advanced positions until their tokens are chosen."""
         self._rows, self._logits = rows, None
 
     @property

@@ -15,7 +15,7 @@ from isthmus.errors import BundleError, ExportError
 from isthmus.export import conversations, draft_training
 from isthmus.export import distill as distillation
 from isthmus.export.checkpoint import open_checkpoint
-from isthmus.export.conversations import ChatFormat, Conversations, Speaker, Writer
+from isthmus.export.conversations import ChatFormat, Conversations, Speaker, Writer, choose
 from isthmus.export.distill import distill, with_own_prompts
 from isthmus.export.families import family_of
 from isthmus.export.prompts import default_prompts, read_prompts
@@ -112,6 +112,16 @@ def test_an_end_that_the_model_chose_is_not_said_twice(writer):
     said = [speaker.next(chosen) for chosen in (0, 3, 9, 0, 8, 9, 0, 0, 0, 0, 2)]
     assert [token for token, _ in said] == [1, 3, 9, 5, 8, 9, 6, 7, 9, 5, 2]
     assert [answer for _, answer in said] == [*[False] * 4, True, True, *[False] * 4, True]
+
+
+def test_tokens_are_drawn_as_their_probabilities_say():
+    logits = np.log(np.array([[0.1, 0.2, 0.7]], np.float32)).repeat(30_000, axis=0)
+    rng = np.random.default_rng(0)
+    assert set(choose(logits, [0.0] * len(logits), rng)) == {2}
+    for temperature in (1.0, 0.5):
+        expected = np.array([0.1, 0.2, 0.7]) ** (1 / temperature)
+        shares = np.bincount(choose(logits, [temperature] * len(logits), rng)) / len(logits)
+        assert np.abs(shares - expected / expected.sum()).max() < 0.01
 
 
 def test_three_of_four_prompts_are_the_models_own():
