@@ -11,7 +11,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from .generate import add_draft_options, add_server_options, channel_security, open_model
+from .generate import accept_distance, add_draft_options, add_server_options, channel_security, open_model
 
 if TYPE_CHECKING:
     from ..runtime.edge.bench import BenchReport
@@ -121,18 +121,25 @@ def _load_table(report: LoadReport) -> str:
 def _bench_prompts(args: argparse.Namespace, new_tokens: list[int]) -> int:
     from ..errors import RequestError
     from ..runtime.edge.prompt_bench import bench_prompts, read_prompts
+    from ..runtime.sampling import Sampling
     from .progress import progress_bar
 
     if len(new_tokens) != 1:
         raise RequestError(f"--new-tokens {args.new_tokens}: with --prompts one number, the most after each prompt")
+    sampling = Sampling(accept_distance=accept_distance(args))
     prompts = read_prompts(args.prompts)
     model = open_model(args)
     with progress_bar() as progress:
         report = bench_prompts(
-            model, prompts, max_new_tokens=new_tokens[0], vs_undrafted=args.vs_undrafted, progress=progress
+            model,
+            prompts,
+            max_new_tokens=new_tokens[0],
+            sampling=sampling,
+            vs_undrafted=args.vs_undrafted,
+            progress=progress,
         )
     print(json.dumps(report.to_dict()) if args.json else _prompt_table(report))
-    return 0 if report.identical is not False else 1
+    return 0 if report.identical is not False or sampling.accept_distance else 1
 
 
 def _prompt_table(report: PromptReport) -> str:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ..runtime.wire.security import ChannelSecurity
 
 
+ACCEPT_DISTANCE = 0.2  # of --accept relaxed
+
+
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """Declare how the server is reached, for every command that has one."""
     parser.add_argument(
@@ -75,6 +78,31 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="guess on while the answer is on its way (default)",
     )
+    parser.add_argument(
+        "--accept",
+        choices=("exact", "relaxed"),
+        default="exact",
+        help="relaxed: the server takes guesses that come close to what it would choose, so that the text is no longer "
+        "exactly the model's (default exact)",
+    )
+    parser.add_argument(
+        "--accept-distance",
+        type=float,
+        metavar="X",
+        help=f"with --accept relaxed: at most this share of tokens is another one for it; greedy: guesses at least 1 - "
+        f"X times as probable as the best (default {ACCEPT_DISTANCE})",
+    )
+
+
+def accept_distance(args: argparse.Namespace) -> float:
+    """By the options of `add_draft_options`, see `Sampling`."""
+    from ..errors import RequestError
+
+    if args.accept == "relaxed":
+        return ACCEPT_DISTANCE if args.accept_distance is None else float(args.accept_distance)
+    if args.accept_distance is not None:
+        raise RequestError("--accept-distance needs --accept relaxed: an exact text has no distance")
+    return 0.0
 
 
 def channel_security(args: argparse.Namespace) -> ChannelSecurity:
@@ -194,6 +222,7 @@ def run(args: argparse.Namespace) -> int:
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
+        accept_distance=accept_distance(args),
     )
     deadline_ms = None if args.deadline is None else 1e3 * parse_duration_s(args.deadline)
     if args.plan:

@@ -150,6 +150,8 @@ class BackSession:
     def verify(self, drafted: Sequence[int]) -> list[int]:
         """Choose tokens as `sample` would one by one, as long as they are those that were drafted.
 
+        With an ``accept_distance`` in its `Sampling` a session takes drafted tokens that come close, too.
+
         Args:
             drafted: tokens of the last advanced positions; at least one more position was advanced with them.
 
@@ -163,7 +165,7 @@ class BackSession:
             logits = self._head.logits_many(self._rows[len(self._rows) - count - 1 :])
         tokens: list[int] = []
         for row, guess in zip(logits, [*drafted, None], strict=True):
-            token = self._sampler.sample(row, first + len(tokens))
+            token = self._sampler.sample(row, first + len(tokens), guess)
             self.accept(token, first + len(tokens))
             tokens.append(token)
             if token != guess:

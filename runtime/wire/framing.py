@@ -127,6 +127,7 @@ def open_message(max_tokens: int, sampling: Sampling, context_ids: Sequence[int]
         min_p=sampling.min_p,
         repetition_penalty=sampling.repetition_penalty,
         seed=sampling.seed,
+        accept_distance=sampling.accept_distance,
     )
     opening = pb.Open(max_tokens=max_tokens, sampling=wire, context_ids=context_ids)
     return pb.ClientMessage(open=opening).SerializeToString()
@@ -142,6 +143,7 @@ def read_sampling(wire: pb.Sampling) -> Sampling:
             min_p=wire.min_p,
             repetition_penalty=wire.repetition_penalty,
             seed=wire.seed,
+            accept_distance=wire.accept_distance,
         )
     except RequestError as error:
         raise Refusal("BAD_REQUEST", str(error)) from error

@@ -53,6 +53,8 @@ def softmax(scores):
         ("repetition_penalty", 1e4),
         ("seed", -1),
         ("seed", 1 << 64),
+        ("accept_distance", -0.1),
+        ("accept_distance", 0.91),
     ],
 )
 def test_values_out_of_bounds_are_refused_by_name(field, value):
@@ -306,3 +308,47 @@ def test_a_trimmed_vocabulary_chooses_as_the_whole_one_does_among_its_tokens(sam
     trimmed = Sampler(sampling, history, vocabulary)
     assert trimmed.sample(whole[vocabulary], 7) == token
     assert vocabulary[trimmed.index(token)] == token
+
+
+# --- guesses that are taken although another token was due --------------------------------------------------
+
+
+@pytest.mark.parametrize("distance", [0.05, 0.3])
+@pytest.mark.parametrize("vocab_size", [2, 2000])
+def test_even_the_worst_guesses_change_no_more_than_the_share_that_was_allowed(distance, vocab_size):
+    """The guess is always the token that came second: every close race is lost to it."""
+    logits = random_logits(3, vocab_size, scale=0.1)
+    exact = Sampler(Sampling(temperature=1.0))
+    relaxed = Sampler(Sampling(temperature=1.0, accept_distance=distance))
+    changed = 0
+    for position in range(4000):
+        first, second = exact.rank(logits, position, 2)
+        token = relaxed.sample(logits, position, second)
+        assert token in (first, second)
+        changed += token != first
+    assert changed / 4000 <= distance + 0.02
+    if vocab_size > 2:
+        assert changed / 4000 >= distance - 0.03, "with so many tokens the bound is all but reached"
+
+
+def test_without_a_distance_a_guess_changes_nothing():
+    logits = random_logits(4)
+    sampler = Sampler(Sampling(temperature=1.0))
+    for position in range(50):
+        assert sampler.sample(logits, position, 7) == sampler.sample(logits, position)
+
+
+def test_a_greedy_guess_is_taken_if_it_is_almost_as_probable_as_the_best():
+    logits = np.log(np.array([0.5, 0.42, 0.08], np.float32))
+    sampler = Sampler(Sampling(accept_distance=0.2))
+    assert sampler.sample(logits, 0, 1) == 1
+    assert sampler.sample(logits, 0, 2) == 0
+    assert Sampler(Sampling(accept_distance=0.1)).sample(logits, 0, 1) == 0
+
+
+def test_a_guess_that_the_filters_leave_out_is_never_taken():
+    logits = random_logits(5)
+    sampler = Sampler(Sampling(temperature=1.0, top_k=3, accept_distance=0.9))
+    kept = kept_set(logits, temperature=1.0, top_k=3)
+    for guess in range(len(logits)):
+        assert sampler.sample(logits, guess, guess) in kept

@@ -99,6 +99,23 @@ def test_an_end_token_ends_a_drafted_text_as_any_other(folder, address, eager):
             stream.close()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_server_that_is_asked_to_takes_more_guesses(folder, address, eager, temperature):
+    model = open_model(folder, address, overlap=False)
+    exact, relaxed = (
+        model.generate(
+            PROMPT,
+            max_new_tokens=150,
+            draft="ngram",
+            sampling=Sampling(temperature=temperature, top_k=8, accept_distance=distance),
+        )
+        for distance in (0.0, 0.9)
+    )
+    assert relaxed.drafts.accepted > exact.drafts.accepted
+    assert relaxed.round_trips < exact.round_trips
+    assert relaxed.token_ids != exact.token_ids
+
+
 @pytest.mark.parametrize("length", [1, 3])
 def test_the_draft_length_bounds_the_guesses(folder, address, eager, length):
     model = open_model(folder, address, draft_length=length, overlap=False)
