@@ -15,7 +15,7 @@ from ..sampling import Sampling
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import DRAFT_MINOR, fault_error, open_message, renumbered_step
 from ..wire.security import ChannelSecurity
-from ..wire.stream import ClientStream
+from ..wire.stream import ClientStream, DamagedMessageError
 from ..wire.transport import PIPELINE_DEPTH, RESULTS_KEPT
 from .generate import Replay
 from .journal import JOURNAL_BYTES, Journal, context_of
@@ -158,6 +158,8 @@ class RemoteSession:
             self._restore(error)
             return None
         self.bytes_down += message.ByteSize()
+        if message.WhichOneof("body") in ("welcome", "opened", "attached"):
+            return None  # said twice on the way
         sent_in = self._on_the_way.popleft() if self._on_the_way else self._round
         match message.WhichOneof("body"):
             case "result":
@@ -204,12 +206,16 @@ class RemoteSession:
         # Hello and Open travel together: that saves a round trip, and a server that refuses the first
         # ignores the rest.
         self.address = address
-        self._connect(request)
-        try:
-            self.id = self._expect("opened", self._peers.step_timeout).opened.session
-        except BaseException:
-            self.close(cancel=True)  # the session may be there already
-            raise
+        for resends in range(_MAX_RESENDS, -1, -1):
+            self._connect(request)
+            try:
+                self.id = self._expect("opened", self._peers.step_timeout).opened.session
+                return
+            except BaseException as error:
+                self.close(cancel=True)  # the session may be there already
+                damaged = isinstance(error, DamagedMessageError) or getattr(error, "code", "") == "BAD_CRC"
+                if not damaged or not resends:
+                    raise
 
     def _acknowledge(self, result: pb.Result) -> pb.Result | None:
         if result.step <= self.acknowledged:

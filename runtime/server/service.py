@@ -12,7 +12,7 @@ from ..._version import __version__
 from ...errors import CodecError
 from ...quant.codec import CODECS, Codec
 from ..wire import isthmus_pb2 as pb
-from ..wire.framing import PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, check_hello, parse_client_message
+from ..wire.framing import PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, Seals, check_hello, parse_client_message, seal
 from ..wire.transport import PIPELINE_DEPTH, SERVICE, SESSION_METHOD
 from .admission import ANYONE, Admission
 from .compute import ComputeEngine
@@ -91,9 +91,11 @@ class _Stream:
         self._limits = limits
         self._context = context
         self._session: Session | None = None
+        self._opening: pb.Open | None = None  # that began it on this stream
         self._codec: Codec
         # Bounded: a client that sends faster than we compute is held back by HTTP/2's flow control.
         self._inbox: asyncio.Queue[pb.ClientMessage | Refusal | None] = asyncio.Queue(PIPELINE_DEPTH)
+        self._seals = Seals()
         self._cancelled = False
         self._evicted = False
         self._conversation: asyncio.Task[None] | None = None
@@ -182,7 +184,7 @@ class _Stream:
             if isinstance(message, pb.ClientMessage) and message.HasField("cancel"):
                 self._cancelled = True
             await self._inbox.put(message)
-            if not isinstance(message, pb.ClientMessage):
+            if message is None or (isinstance(message, Refusal) and not message.passes):
                 return
 
     def _parse(self, data: bytes | object) -> pb.ClientMessage | Refusal | None:
@@ -194,8 +196,11 @@ class _Stream:
                 "FRAME_TOO_LARGE",
                 f"a message of {len(data)} bytes: at most {self._limits.max_frame_bytes}; send fewer tokens a frame",
             )
+        opened = self._seals.open(data)
+        if opened is None:
+            return Refusal("BAD_CRC", f"a message of {len(data)} bytes was damaged on its way; send it again")
         try:
-            return parse_client_message(data)
+            return parse_client_message(opened)
         except Refusal as refusal:
             return refusal
 
@@ -207,9 +212,15 @@ class _Stream:
                 message = await asyncio.wait_for(self._inbox.get(), self._limits.idle_s)
             except TimeoutError as error:
                 raise Refusal("BAD_REQUEST", f"no session opened within {self._limits.idle_s:g} s") from error
-        if isinstance(message, Refusal):
+        if not isinstance(message, Refusal):
+            return message
+        session = self._session
+        if session is None or not message.passes:
             raise message
-        return message
+        # The step that it was is sent again, after those before it.
+        message.fault.fault.expected_step = await self._compute.run(lambda: session.last_step + 1, of=session)
+        await self._write(message.fault)
+        return await self._next()
 
     async def _answer(self, message: pb.ClientMessage) -> None:
         kind = message.WhichOneof("body")
@@ -226,12 +237,15 @@ class _Stream:
             if self._metrics is not None:
                 self._metrics.received(self._codec.name, message.step)
             await self._write(await self._step(message.step))
+        elif kind == "open" and self._session is not None and message.open == self._opening:
+            await self._write(pb.ServerMessage(opened=pb.Opened(session=self._session.id)))  # it came twice
         elif self._session is not None:
             raise Refusal("BAD_REQUEST", f"{kind} on a stream that carries a session; close that first")
         elif kind == "open":
             self._table.check_draining(new=True)
             # Shielded: a session that is being made when the stream breaks still gets its seat and its lease.
             self._session = await asyncio.shield(self._table.open(message.open, self._owner))
+            self._opening = message.open
             self._table.attach(self._session.id, self._evict, self._owner)
             logger.info("session %s: opened for %d tokens", self._session.id.hex()[:8], message.open.max_tokens)
             await self._write(pb.ServerMessage(opened=pb.Opened(session=self._session.id)))
@@ -266,4 +280,5 @@ class _Stream:
     async def _write(self, message: pb.ServerMessage) -> None:
         if self._metrics is not None:
             self._metrics.sent(message)
-        await self._context.write(message.SerializeToString())
+        data = message.SerializeToString()
+        await self._context.write(seal(data) if self._seals.used else data)

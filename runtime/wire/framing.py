@@ -21,6 +21,8 @@ DRAFT_MINOR = 2
 _STEP_HEADER = struct.Struct("<QII?")
 _KV_HEADER = struct.Struct("<IIi")
 _MAX_FAULT_CHARS = 500
+_SEAL = struct.Struct("<BI")
+_SEAL_TAG = 0x7D  # of field 15, four bytes: a peer that knows no seals skips it
 
 
 class Refusal(Exception):  # noqa: N818  (a verdict on a message, not a failure of ours)
@@ -43,6 +45,35 @@ class Refusal(Exception):  # noqa: N818  (a verdict on a message, not a failure 
                 retry_after_ms=retry_after_ms,
             )
         )
+
+    @property
+    def passes(self) -> bool:
+        """Whether the stream may go on after it."""
+        return self.fault.fault.code == pb.Fault.BAD_CRC
+
+
+def seal(message: bytes) -> bytes:
+    """A message with its CRC32C behind it, as a field that is not part of the schema."""
+    return message + _SEAL.pack(_SEAL_TAG, google_crc32c.value(message))
+
+
+class Seals:
+    """Opens the sealed messages that come in on one stream. After the first one all must be sealed.
+
+    Attributes:
+        used: whether there was one.
+    """
+
+    def __init__(self) -> None:
+        self.used = False
+
+    def open(self, data: bytes) -> bytes | None:
+        """The message, or `None` if it was damaged on its way."""
+        message = data[: -_SEAL.size]
+        if len(data) >= _SEAL.size and data[len(message) :] == _SEAL.pack(_SEAL_TAG, google_crc32c.value(message)):
+            self.used = True
+            return message
+        return None if self.used else data
 
 
 def fault_error(fault: pb.Fault) -> ProtocolError:

@@ -9,11 +9,15 @@ import grpc
 
 from ...errors import LinkError
 from . import isthmus_pb2 as pb
-from .framing import parse_server_message
+from .framing import Seals, parse_server_message, seal
 from .security import ChannelSecurity
 from .transport import SESSION_PATH
 
 _JOIN_TIMEOUT_S = 2.0  # a closed channel ends its stream at once; this only keeps a bug from hanging the caller
+
+
+class DamagedMessageError(LinkError):
+    """What came in is not what was sent."""
 
 
 class ClientStream:
@@ -23,6 +27,7 @@ class ClientStream:
         self._address = address
         self._security = security
         self._greeted = False
+        self._seals = Seals()
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[bytes | grpc.RpcError | None] = queue.SimpleQueue()
         self._channel = security.channel(address)
@@ -33,7 +38,7 @@ class ClientStream:
 
     def send(self, message: bytes) -> None:
         """Hand a message to gRPC; if the stream is broken, `receive` tells."""
-        self._outgoing.put(message)
+        self._outgoing.put(seal(message))
 
     @property
     def ready(self) -> bool:
@@ -45,6 +50,7 @@ class ClientStream:
 
         Raises:
             LinkError: the stream has ended, or nothing came within ``timeout`` seconds.
+            DamagedMessageError: what came is not what was sent.
         """
         try:
             received = self._inbox.get(timeout=max(0.0, timeout))
@@ -54,7 +60,10 @@ class ClientStream:
             ) from None
         if isinstance(received, bytes):
             self._greeted = True
-            return parse_server_message(received)
+            message = self._seals.open(received)
+            if message is None:
+                raise DamagedMessageError(f"{self._address}: a message of {len(received)} bytes was damaged on its way")
+            return parse_server_message(message)
         self._inbox.put(received)  # an end stays an end
         if received is None:
             raise LinkError(f"{self._address}: the server ended the stream")
