@@ -25,6 +25,7 @@ from .admission import Admission
 from .batcher import Batcher
 from .compute import ComputeEngine
 from .compute_thread import ComputeThread
+from .health import Health
 from .limits import ServerLimits
 from .service import SessionService
 from .sessions import SessionTable
@@ -69,6 +70,7 @@ class BackServer:
         self._listen = listen
         self._address: str | None = None
         self._table: SessionTable | None = None
+        self._health: Health | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop_requested: asyncio.Future[float] | None = None
@@ -186,10 +188,15 @@ class BackServer:
         table = self._table
         if table is not None:
             table.draining = True
+            self._say_not_serving()
             self._wait_for_streams(table, patience)
             table.moving = True
             self._wait_for_streams(table, _MOVE_S)
         self.stop()
+
+    def _say_not_serving(self) -> None:
+        if self._loop is not None and self._health is not None:
+            asyncio.run_coroutine_threadsafe(self._health.say(serving=False), self._loop).result()
 
     def _wait_for_streams(self, table: SessionTable, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -247,6 +254,7 @@ class BackServer:
                 self.metrics_address = stack.enter_context(metrics.serve(self._metrics_listen)).address
             service = SessionService(self._engine, table, compute, self.limits, admission, metrics)
             server.add_generic_rpc_handlers((service.handler(),))
+            self._health = Health(server)
             try:
                 if credentials is None:
                     port = server.add_insecure_port(self._listen)
@@ -258,6 +266,7 @@ class BackServer:
                     "choose another, port 0 picks a free one"
                 ) from error
             await server.start()
+            await self._health.say(serving=True)
             self._loop, self._table = asyncio.get_running_loop(), table
             self._stop_requested = self._loop.create_future()
             started.set_result(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
