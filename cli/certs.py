@@ -4,6 +4,9 @@
 servers get the first kind and DIR/ca-cert.pem (`isthmus serve --tls-cert --tls-key --client-ca --revoked`), devices the
 second and DIR/ca-cert.pem (`isthmus generate --cert --key --tls-ca`). `certs revoke DIR FILE` puts one on the list,
 which running servers notice by themselves.
+
+`certs token FILE NAME` makes a token in place of a certificate (`isthmus serve --tokens FILE`) and prints it, once; the
+device keeps it in a file of its own (`isthmus generate --token-file`).
 """
 
 from __future__ import annotations
@@ -35,12 +38,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     revoke = actions.add_parser("revoke", help="revoke a certificate")
     revoke.add_argument("folder", metavar="DIR", help="of the authority")
     revoke.add_argument("certificate", metavar="FILE|SERIAL", help="its file, or its serial number in hexadecimal")
-    for each in (ca, server, device, revoke):
+    token = actions.add_parser("token", help="issue a token")
+    token.add_argument("file", metavar="FILE", help="of the server's tokens; made if it is not there")
+    token.add_argument("name", metavar="NAME", help="the device's identity")
+    for each in (ca, server, device, revoke, token):
         each.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the action says, and print what was written."""
+    if args.action == "token":
+        return _token(args)
     from ..runtime.wire.authority import REVOKED, Authority
 
     if args.action == "revoke":
@@ -59,6 +67,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         issued = Authority(args.folder).device(args.name, days=args.days)
     print(json.dumps(asdict(issued)) if args.json else _table(issued))
+    return 0
+
+
+def _token(args: argparse.Namespace) -> int:
+    from ..runtime.wire.tokens import issue_token
+
+    token = issue_token(args.file, args.name)
+    print(json.dumps({"name": args.name, "token": token, "file": args.file}) if args.json else token)
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -42,6 +43,11 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     trust.add_argument("--insecure", action="store_true", help="plaintext, for trusted links only")
     parser.add_argument("--cert", metavar="FILE", help="this device's certificate, where the server asks for one")
     parser.add_argument("--key", metavar="FILE", help="its key")
+    parser.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="this device's token, where the server asks for one (default: the environment's ISTHMUS_TOKEN)",
+    )
     parser.add_argument(
         "--codec",
         metavar="NAME",
@@ -110,12 +116,19 @@ def channel_security(args: argparse.Namespace) -> ChannelSecurity:
     from pathlib import Path
 
     from ..runtime.wire.security import ChannelSecurity
+    from ..runtime.wire.tokens import ENVIRONMENT, checked_token, read_token
 
+    token = None
+    if args.token_file:
+        token = read_token(args.token_file)
+    elif ENVIRONMENT in os.environ:
+        token = checked_token(os.environ[ENVIRONMENT], f"the environment's {ENVIRONMENT}")
     return ChannelSecurity(
         insecure=args.insecure,
         ca_file=Path(args.tls_ca) if args.tls_ca else None,
         cert_file=Path(args.cert) if args.cert else None,
         key_file=Path(args.key) if args.key else None,
+        token=token,
     )
 
 

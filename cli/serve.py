@@ -27,6 +27,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="that authority's list of revoked certificates, read anew when it changes",
     )
+    parser.add_argument(
+        "--tokens",
+        type=Path,
+        metavar="FILE",
+        help="only devices that show a token of this file may come in, see `isthmus certs token`; read anew when it "
+        "changes",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
     parser.add_argument("--max-sessions", type=int, metavar="N", help="sessions at once (default: 64)")
     parser.add_argument(
@@ -82,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         key_file=args.tls_key,
         client_ca=args.client_ca,
         revoked=args.revoked,
+        tokens=args.tokens,
     )
     chosen = {"max_sessions": args.max_sessions, "max_batch": args.max_batch, "lease_s": args.lease}
     limits = ServerLimits(**{name: value for name, value in chosen.items() if value is not None})

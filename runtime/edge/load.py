@@ -280,7 +280,8 @@ class _Client:
         self._recording = recording
         self._hello = hello
         self._channel = security.aio_channel(server)
-        self._stream: Any = self._channel.stream_stream(SESSION_PATH, None, None)(None)
+        call = self._channel.stream_stream(SESSION_PATH, None, None)
+        self._stream: Any = call(None, metadata=security.metadata)
 
     async def open(self) -> None:
         """Greet, and open the session."""

@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import SecurityError
-from ..wire.security import ServerSecurity, file_stamps
+from ..wire.security import TOKEN_HEADER, TOKEN_SCHEME, ServerSecurity, file_stamps
+from ..wire.tokens import TokenFile
 
 logger = logging.getLogger(__name__)
+
+Metadata = Iterable[tuple[str, str | bytes]]
 
 ANYONE = ""  # the identity of all peers where none is asked for
 
 
 @dataclass
 class Admission:
-    """Tells peers apart by the certificates that their handshakes have verified.
+    """Tells peers apart by the certificates that their handshakes have verified, or by the tokens that they show.
 
     Raises:
-        SecurityError: the list of revoked certificates cannot be read, or is another authority's.
+        SecurityError: the list of revoked certificates cannot be read, or is another authority's; or the tokens cannot.
     """
 
     security: ServerSecurity
@@ -28,10 +31,28 @@ class Admission:
     def __post_init__(self) -> None:
         self._revoked: frozenset[int] = frozenset()
         self._stamp: object = None
+        self._tokens = None if self.security.tokens is None else TokenFile(Path(self.security.tokens))
         self._read_revoked(at_start=True)
 
-    def identity(self, auth_context: Mapping[str, Iterable[bytes]]) -> str | None:
-        """A peer's name, `ANYONE` where nobody is asked for one; None if its certificate was revoked."""
+    def identity(self, auth_context: Mapping[str, Iterable[bytes]], metadata: Metadata = ()) -> str | None:
+        """A peer's name, that in its certificate first; `ANYONE` where nobody is asked for one.
+
+        None if its certificate was revoked, or it shows no token where one is asked for.
+        """
+        certified, named = self._certified(auth_context), self._named(metadata)
+        if certified is None or named is None:
+            return None
+        return certified if certified != ANYONE else named
+
+    def _named(self, metadata: Metadata) -> str | None:
+        """Whose token a call shows; None if it is nobody's."""
+        if self._tokens is None:
+            return ANYONE
+        shown = next((value for key, value in metadata if key == TOKEN_HEADER), b"")
+        text = shown.decode("ascii", "replace") if isinstance(shown, bytes) else shown
+        return self._tokens.name_of(text.removeprefix(TOKEN_SCHEME)) if text.startswith(TOKEN_SCHEME) else None
+
+    def _certified(self, auth_context: Mapping[str, Iterable[bytes]]) -> str | None:
         if self.security.client_ca is None:
             return ANYONE
         self._read_revoked()

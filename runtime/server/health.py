@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import Any
 
 import grpc
 
 from ..wire.isthmus_pb2 import DESCRIPTOR  # noqa: F401  (reflection finds the schema in the pool that this fills)
 from ..wire.transport import SERVICE
-
-if TYPE_CHECKING:
-    from grpc_health.v1.health import aio
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +20,7 @@ class Health:
     """
 
     def __init__(self, server: grpc.aio.Server) -> None:
-        self._servicer: aio.HealthServicer | None = None
+        self._servicer: Any = None
         try:
             from grpc_health.v1 import health, health_pb2, health_pb2_grpc
             from grpc_reflection.v1alpha import reflection
@@ -31,7 +28,7 @@ class Health:
             logger.info("no gRPC health and reflection (%s); they come with isthmus[server]", error)
             return
         self._states = {True: health_pb2.HealthCheckResponse.SERVING, False: health_pb2.HealthCheckResponse.NOT_SERVING}
-        self._servicer = health.aio.HealthServicer()
+        self._servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 

@@ -16,10 +16,10 @@ from typing import Self
 import grpc
 
 from ...devices.backend import default_threads
-from ...errors import LinkError
+from ...errors import LinkError, SecurityError
 from ..bundle import open_bundle
 from ..memory import kv_budget, process_limit_mb
-from ..wire.security import ServerSecurity
+from ..wire.security import ServerSecurity, is_loopback
 from ..wire.transport import SERVER_OPTIONS, split_address
 from .admission import Admission
 from .batcher import Batcher
@@ -229,6 +229,8 @@ class BackServer:
 
     async def _serve(self, started: Future[str]) -> None:
         host, _ = split_address(self._listen)
+        if self.security.insecure and self.security.tokens is not None and not is_loopback(host):
+            raise SecurityError(f"{self._listen}: tokens in plaintext are everybody's on the way; leave insecure out")
         credentials, admission = self.security.credentials(), Admission(self.security)
         batcher = Batcher(self._engine, self.limits.max_batch)
         with contextlib.ExitStack() as stack:

@@ -53,13 +53,13 @@ class SessionService:
         return grpc.method_handlers_generic_handler(SERVICE, {SESSION_METHOD: method})
 
     async def _serve(self, _requests: object, context: Context) -> None:
-        owner = self._admission.identity(context.auth_context())
+        owner = self._admission.identity(context.auth_context(), context.invocation_metadata() or ())
         if owner is None:
             if self._metrics is not None:
                 self._metrics.refused()
-            logger.warning("%s: refused, its certificate is revoked", context.peer())
+            logger.warning("%s: refused, its certificate is revoked or its token nobody's", context.peer())
             await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED, "this device's certificate is not accepted; ask for a new one"
+                grpc.StatusCode.UNAUTHENTICATED, "this device's certificate or token is not accepted; ask for a new one"
             )
         stream = _Stream(
             self._engine, self._table, self._compute, self._limits, context, owner or ANYONE, self._metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -15,6 +15,8 @@ from .development import certificate_path, development_certificate
 from .transport import CLIENT_OPTIONS, split_address
 
 logger = logging.getLogger(__name__)
+
+TOKEN_HEADER, TOKEN_SCHEME = "authorization", "Bearer "
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class ChannelSecurity:
             also trusted by the user's own development certificate.
         cert_file: PEM certificate chain that tells the server who this is; with ``key_file`` or not at all.
         key_file: PEM private key.
+        token: that the server asks for, see `isthmus.runtime.wire.tokens`.
     """
 
     insecure: bool = False
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
+    token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.insecure and self.ca_file is not None:
@@ -61,9 +65,18 @@ class ChannelSecurity:
             return grpc.aio.insecure_channel(address, CLIENT_OPTIONS)
         return grpc.aio.secure_channel(address, credentials, CLIENT_OPTIONS)
 
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call says beside its messages."""
+        return () if self.token is None else ((TOKEN_HEADER, f"{TOKEN_SCHEME}{self.token}"),)
+
     def _credentials(self, address: str) -> grpc.ChannelCredentials | None:
         host, _ = split_address(address)
         if self.insecure:
+            if self.token is not None and not is_loopback(host):
+                raise SecurityError(
+                    f"{address}: a token in plaintext is everybody's on the way; leave --insecure out, or the token"
+                )
             return None
         key, chain = None, None
         if self.cert_file is not None and self.key_file is not None:
@@ -122,6 +135,7 @@ class ServerSecurity:
         key_file: PEM private key.
         client_ca: PEM certificates of the authority whose devices may connect; without it anyone may.
         revoked: that authority's list of revoked certificates, see `isthmus.runtime.wire.authority`.
+        tokens: file of the tokens with which devices may connect, see `isthmus.runtime.wire.tokens`.
 
     Certificate, key and list are looked at again at each handshake, so that files may be replaced while it runs.
     """
@@ -131,6 +145,7 @@ class ServerSecurity:
     key_file: Path | None = None
     client_ca: Path | None = None
     revoked: Path | None = None
+    tokens: Path | None = None
 
     def __post_init__(self) -> None:
         if (self.cert_file is None) != (self.key_file is None):

@@ -32,7 +32,7 @@ class ClientStream:
         self._inbox: queue.SimpleQueue[bytes | grpc.RpcError | None] = queue.SimpleQueue()
         self._channel = security.channel(address)
         call = self._channel.stream_stream(SESSION_PATH, None, None)
-        self._call = call(iter(self._outgoing.get, None))
+        self._call = call(iter(self._outgoing.get, None), metadata=security.metadata)
         self._reader = threading.Thread(target=self._read, name="isthmus-link", daemon=True)
         self._reader.start()
 
