@@ -54,6 +54,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="where Prometheus and `isthmus top` may ask for metrics (default: nowhere)",
     )
     parser.add_argument(
+        "--audit",
+        metavar="FILE",
+        help="append a line of JSON for each device that comes, opens, returns, leaves or is turned away",
+    )
+    parser.add_argument(
         "--drain-timeout",
         type=float,
         default=10.0,
@@ -104,9 +109,12 @@ def run(args: argparse.Namespace) -> int:
         limits=limits,
         memory_limit_mb=limit_mb,
         metrics=args.metrics,
+        audit=args.audit,
     )
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _drain)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: server.reload())
     try:
         with server:
             layers = f"{server.manifest.split}–{server.manifest.architecture.layers - 1}"

@@ -33,6 +33,8 @@ class Admission:
         self._stamp: object = None
         self._tokens = None if self.security.tokens is None else TokenFile(Path(self.security.tokens))
         self._read_revoked(at_start=True)
+        self._seen: object = None
+        self.changed()
 
     def identity(self, auth_context: Mapping[str, Iterable[bytes]], metadata: Metadata = ()) -> str | None:
         """A peer's name, that in its certificate first; `ANYONE` where nobody is asked for one.
@@ -43,6 +45,12 @@ class Admission:
         if certified is None or named is None:
             return None
         return certified if certified != ANYONE else named
+
+    def changed(self) -> bool:
+        """Whether a file that says who may come in was replaced since the last call."""
+        stamp = file_stamps(*(path for path in (self.security.revoked, self.security.tokens) if path is not None))
+        changed, self._seen = stamp != self._seen, stamp
+        return changed
 
     def _named(self, metadata: Metadata) -> str | None:
         """Whose token a call shows; None if it is nobody's."""

@@ -22,6 +22,7 @@ from ..memory import kv_budget, process_limit_mb
 from ..wire.security import ServerSecurity, is_loopback
 from ..wire.transport import SERVER_OPTIONS, split_address
 from .admission import Admission
+from .audit import AuditLog
 from .batcher import Batcher
 from .compute import ComputeEngine
 from .compute_thread import ComputeThread
@@ -32,6 +33,7 @@ from .sessions import SessionTable
 
 logger = logging.getLogger(__name__)
 
+_WATCH_S = 1.0  # between looks at who may still be served
 _MOVE_S = 2.0  # that devices have, once told to move, to ask for their next token
 
 
@@ -50,6 +52,7 @@ class BackServer:
         security: TLS with given files or the development certificate, or plaintext.
         limits: what clients are granted at most.
         metrics: ``HOST:PORT`` where Prometheus may ask for `isthmus.runtime.server.metrics`; nowhere by default.
+        audit: file of `isthmus.runtime.server.audit`; none by default.
     """
 
     def __init__(
@@ -60,7 +63,10 @@ class BackServer:
         security: ServerSecurity | None = None,
         limits: ServerLimits | None = None,
         metrics: str | None = None,
+        audit: str | Path | None = None,
     ) -> None:
+        self._audit_path = audit
+        self._service: SessionService | None = None
         self.metrics_address: str | None = None
         self._metrics_listen = metrics
         self.security = security if security is not None else ServerSecurity()
@@ -87,6 +93,7 @@ class BackServer:
         limits: ServerLimits | None = None,
         memory_limit_mb: float | None = None,
         metrics: str | None = None,
+        audit: str | Path | None = None,
     ) -> BackServer:
         """Open ``OUT/server`` and make its server.
 
@@ -99,6 +106,7 @@ class BackServer:
             memory_limit_mb: resident memory at the peak, by default what the machine or the container has free; what
                 the weights leave of it goes to KV caches.
             metrics: see the class.
+            audit: see the class.
 
         Raises:
             BundleError: the folder is no intact server half.
@@ -119,7 +127,7 @@ class BackServer:
             capacity = min(limits.max_session_tokens, bundle.manifest.max_length)
             try:
                 engine = BackEngine(bundle, threads, together=limits.max_sessions, capacity=capacity)
-                return cls(engine, listen, security=security, limits=limits, metrics=metrics)
+                return cls(engine, listen, security=security, limits=limits, metrics=metrics, audit=audit)
             except OSError as error:
                 logger.warning(
                     "no address space for %d sessions of %d tokens side by side (%s): they take turns; allow fewer "
@@ -129,7 +137,7 @@ class BackServer:
                     error,
                 )
         engine, limits = BackEngine(bundle, threads), replace(limits, max_batch=1)
-        return cls(engine, listen, security=security, limits=limits)
+        return cls(engine, listen, security=security, limits=limits, metrics=metrics, audit=audit)
 
     @property
     def address(self) -> str:
@@ -198,6 +206,20 @@ class BackServer:
         if self._loop is not None and self._health is not None:
             asyncio.run_coroutine_threadsafe(self._health.say(serving=False), self._loop).result()
 
+    def reload(self) -> None:
+        """Look at certificates, revocation list and tokens now; without this they are seen within seconds."""
+        loop, service = self._loop, self._service
+        if loop is not None and service is not None:
+            logger.info("certificates, revocation list and tokens are looked at again")
+            loop.call_soon_threadsafe(service.expel)
+
+    @staticmethod
+    async def _watch(admission: Admission, service: SessionService) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            if admission.changed():
+                service.expel()
+
     def _wait_for_streams(self, table: SessionTable, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while table.carried and time.monotonic() < deadline and not self._ended.wait(0.05):
@@ -254,7 +276,10 @@ class BackServer:
                     }
                 )
                 self.metrics_address = stack.enter_context(metrics.serve(self._metrics_listen)).address
-            service = SessionService(self._engine, table, compute, self.limits, admission, metrics)
+            audit = None if self._audit_path is None else stack.enter_context(AuditLog(self._audit_path))
+            service = self._service = SessionService(
+                self._engine, table, compute, self.limits, admission, metrics, audit
+            )
             server.add_generic_rpc_handlers((service.handler(),))
             self._health = Health(server)
             try:
@@ -272,5 +297,8 @@ class BackServer:
             self._loop, self._table = asyncio.get_running_loop(), table
             self._stop_requested = self._loop.create_future()
             started.set_result(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-            await server.stop(await self._stop_requested)
+            watch = asyncio.create_task(self._watch(admission, service))
+            grace = await self._stop_requested
+            watch.cancel()
+            await server.stop(grace)
             await table.free_all()

@@ -15,6 +15,7 @@ from ..wire import isthmus_pb2 as pb
 from ..wire.framing import PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, Seals, check_hello, parse_client_message, seal
 from ..wire.transport import PIPELINE_DEPTH, SERVICE, SESSION_METHOD
 from .admission import ANYONE, Admission
+from .audit import AuditLog
 from .compute import ComputeEngine
 from .compute_thread import ComputeThread
 from .limits import ServerLimits
@@ -24,6 +25,8 @@ if TYPE_CHECKING:  # prometheus_client loads only where metrics are asked for
     from .metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+_NOT_ACCEPTED = "this device's certificate or token is not accepted; ask for a new one"
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -39,8 +42,10 @@ class SessionService:
         limits: ServerLimits,
         admission: Admission,
         metrics: Metrics | None = None,
+        audit: AuditLog | None = None,
     ) -> None:
-        self._metrics = metrics
+        self._metrics, self._audit = metrics, audit
+        self._streams: dict[_Stream, Context] = {}
         self._engine = engine
         self._table = table
         self._compute = compute
@@ -53,18 +58,32 @@ class SessionService:
         return grpc.method_handlers_generic_handler(SERVICE, {SESSION_METHOD: method})
 
     async def _serve(self, _requests: object, context: Context) -> None:
-        owner = self._admission.identity(context.auth_context(), context.invocation_metadata() or ())
+        owner = self._identity(context)
         if owner is None:
             if self._metrics is not None:
                 self._metrics.refused()
+            if self._audit is not None:
+                self._audit.record("turned away", peer=context.peer(), reason="certificate or token")
             logger.warning("%s: refused, its certificate is revoked or its token nobody's", context.peer())
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED, "this device's certificate or token is not accepted; ask for a new one"
-            )
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, _NOT_ACCEPTED)
         stream = _Stream(
-            self._engine, self._table, self._compute, self._limits, context, owner or ANYONE, self._metrics
+            self._engine, self._table, self._compute, self._limits, context, owner or ANYONE, self._metrics, self._audit
         )
-        await stream.serve()
+        self._streams[stream] = context
+        try:
+            await stream.serve()
+        finally:
+            del self._streams[stream]
+
+    def expel(self) -> None:
+        """End the streams, and the sessions, of devices that would not be let in any more."""
+        for stream, context in self._streams.items():
+            if self._identity(context) is None:
+                logger.warning("%s: its certificate was revoked, or its token taken back", context.peer())
+                stream.expel()
+
+    def _identity(self, context: Context) -> str | None:
+        return self._admission.identity(context.auth_context(), context.invocation_metadata() or ())
 
 
 class _Stream:
@@ -83,8 +102,9 @@ class _Stream:
         context: Context,
         owner: str,
         metrics: Metrics | None,
+        audit: AuditLog | None,
     ) -> None:
-        self._owner, self._metrics = owner, metrics
+        self._owner, self._metrics, self._audit = owner, metrics, audit
         self._engine = engine
         self._table = table
         self._compute = compute
@@ -97,18 +117,25 @@ class _Stream:
         self._inbox: asyncio.Queue[pb.ClientMessage | Refusal | None] = asyncio.Queue(PIPELINE_DEPTH)
         self._seals = Seals()
         self._cancelled = False
-        self._evicted = False
+        self._evicted = self._expelled = False
         self._conversation: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
         """Hold the conversation until either side ends it; then the session's lease begins."""
         # A task of its own, so that a stream that takes the session over can end it without killing the RPC.
         self._conversation = asyncio.create_task(self._converse())
+        self._note("connected")
         try:
             await self._conversation
         except Refusal as refusal:
+            self._note("refused", reason=pb.Fault.Code.Name(refusal.fault.fault.code))
             await self._write(refusal.fault)
         except asyncio.CancelledError:
+            if self._expelled:
+                self._note("expelled")
+                if self._session is not None:
+                    await self._free(self._session)
+                await self._context.abort(grpc.StatusCode.UNAUTHENTICATED, _NOT_ACCEPTED)
             if not self._evicted:
                 raise
             await self._write(Refusal("CANCELLED", "another stream attached to the session").fault)
@@ -121,6 +148,20 @@ class _Stream:
         finally:
             if self._session is not None:
                 self._table.detach(self._session.id, self._evict)
+            self._note("disconnected")
+
+    def expel(self) -> None:
+        """End the conversation and its session: the device is not to be served any more."""
+        self._expelled = True
+        if self._conversation is not None:
+            self._conversation.cancel()
+
+    def _note(self, event: str, **fields: str | int) -> None:
+        """Tell the audit log."""
+        if self._audit is not None:
+            if self._session is not None:
+                fields["session"] = self._session.id.hex()[:8]
+            self._audit.record(event, peer=self._context.peer(), device=self._owner, **fields)
 
     def _evict(self) -> None:
         self._evicted = True
@@ -248,10 +289,12 @@ class _Stream:
             self._opening = message.open
             self._table.attach(self._session.id, self._evict, self._owner)
             logger.info("session %s: opened for %d tokens", self._session.id.hex()[:8], message.open.max_tokens)
+            self._note("opened", tokens=message.open.max_tokens)
             await self._write(pb.ServerMessage(opened=pb.Opened(session=self._session.id)))
         elif kind == "attach":
             self._table.check_draining(new=False)
             self._session = self._table.attach(message.attach.session, self._evict, self._owner)
+            self._note("attached")
             acknowledged = message.attach.last_acknowledged_step
             # The compute thread answers in turn: a step that still runs for the old stream is counted.
             for answer in await self._compute.run(self._session.resume, acknowledged, of=self._session):
@@ -273,6 +316,7 @@ class _Stream:
             return Refusal("INTERNAL", "the step failed on the server and ended the session; see its log").fault
 
     async def _free(self, session: Session) -> None:
+        self._note("closed")
         self._session = None
         logger.info("session %s: closed", session.id.hex()[:8])
         await asyncio.shield(self._table.free(session.id))

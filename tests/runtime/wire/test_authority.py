@@ -89,6 +89,21 @@ def test_a_revoked_device_is_refused_from_its_next_stream_on(
     make_link(server.address, security=good).open(8, Sampling())
 
 
+def test_a_stream_that_runs_ends_when_its_device_is_revoked(
+    ca, mutual, make_server, make_generation, expected, eventually
+):
+    server = make_server(mutual)
+    good, bad = device(ca, "good"), device(ca, "bad")
+    running, lost = (make_generation(server.address, PROMPT, security=each) for each in (good, bad))
+    running.run(2)
+    lost.run(2)
+    ca.revoke(bad.cert_file)
+    assert eventually(lambda: server.sessions == 1)
+    with pytest.raises(SecurityError, match="not accepted"):
+        lost.run(1)
+    assert running.run(3) == expected(PROMPT, 5)
+
+
 def test_a_list_that_is_damaged_while_it_is_read_leaves_the_one_before(ca, mutual, make_server, make_link):
     bad = device(ca, "bad")
     ca.revoke(bad.cert_file)
