@@ -59,6 +59,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="append a line of JSON for each device that comes, opens, returns, leaves or is turned away",
     )
     parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="json: one object a line, with session and step where it is about one (default %(default)s)",
+    )
+    parser.add_argument(
         "--drain-timeout",
         type=float,
         default=10.0,
@@ -80,14 +86,19 @@ def _drain(*_: object) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT, or SIGTERM, which drains; one line on stdout says that clients may come."""
+    import logging
     import signal
 
     from ..devices.budget import parse_megabytes
     from ..devices.limits import enforce_memory_limit
     from ..runtime.server.limits import ServerLimits
+    from ..runtime.server.logs import JsonFormatter
     from ..runtime.server.server import BackServer
     from ..runtime.wire.security import ServerSecurity
 
+    if args.log_format == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonFormatter())
     security = ServerSecurity(
         insecure=args.insecure,
         cert_file=args.tls_cert,

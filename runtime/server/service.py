@@ -288,7 +288,8 @@ class _Stream:
             self._session = await asyncio.shield(self._table.open(message.open, self._owner))
             self._opening = message.open
             self._table.attach(self._session.id, self._evict, self._owner)
-            logger.info("session %s: opened for %d tokens", self._session.id.hex()[:8], message.open.max_tokens)
+            name = self._session.id.hex()[:8]
+            logger.info("session %s: opened for %d tokens", name, message.open.max_tokens, extra={"session": name})
             self._note("opened", tokens=message.open.max_tokens)
             await self._write(pb.ServerMessage(opened=pb.Opened(session=self._session.id)))
         elif kind == "attach":
@@ -311,14 +312,15 @@ class _Stream:
             return refusal.fault
         except Exception:
             # Whatever went wrong in the engine, it is this session's alone: the others must not notice.
-            logger.exception("session %s: step %d failed", self._session.id.hex()[:8], step.step)
+            about = {"session": self._session.id.hex()[:8], "step": step.step}
+            logger.exception("session %(session)s: step %(step)d failed", about, extra=about)
             await self._free(self._session)
             return Refusal("INTERNAL", "the step failed on the server and ended the session; see its log").fault
 
     async def _free(self, session: Session) -> None:
         self._note("closed")
         self._session = None
-        logger.info("session %s: closed", session.id.hex()[:8])
+        logger.info("session %s: closed", session.id.hex()[:8], extra={"session": session.id.hex()[:8]})
         await asyncio.shield(self._table.free(session.id))
 
     async def _write(self, message: pb.ServerMessage) -> None:

@@ -325,7 +325,8 @@ class SessionTable:
         """
         seat = self._seats.get(session_id)
         if seat is not None and seat.owner != owner:
-            logger.warning("session %s: of %r, asked for by %r", session_id.hex()[:8], seat.owner, owner)
+            name = session_id.hex()[:8]
+            logger.warning("session %s: of %r, asked for by %r", name, seat.owner, owner, extra={"session": name})
             seat = None
         if seat is None:
             raise Refusal(
@@ -395,7 +396,7 @@ class SessionTable:
         return asyncio.get_running_loop().call_later(self._limits.lease_s, self._expire, session_id)
 
     def _expire(self, session_id: bytes) -> None:
-        logger.info("session %s: lease ended", session_id.hex()[:8])
+        logger.info("session %s: lease ended", session_id.hex()[:8], extra={"session": session_id.hex()[:8]})
         task = asyncio.get_running_loop().create_task(self.free(session_id))
         self._expiries.add(task)
         task.add_done_callback(self._expiries.discard)

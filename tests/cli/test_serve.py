@@ -18,11 +18,11 @@ from isthmus.cli import serve
 from isthmus.errors import IsthmusError
 from isthmus.runtime.server.server import BackServer
 
-def from_bundle(folder, listen, *, threads, security, limits, memory_limit_mb, metrics):
+def from_bundle(folder, listen, *, threads, security, limits, memory_limit_mb, metrics, audit):
     architecture = SimpleNamespace(layers=30, d_model=16, vocab_size=256)
     manifest = SimpleNamespace(split=10, architecture=architecture, max_length=64, codecs=("raw32",))
     engine = SimpleNamespace(manifest=manifest, manifest_sha256="a" * 64)
-    return BackServer(engine, listen, security=security, limits=limits, metrics=metrics)
+    return BackServer(engine, listen, security=security, limits=limits, metrics=metrics, audit=audit)
 
 BackServer.from_bundle = from_bundle
 parser = argparse.ArgumentParser()
@@ -91,3 +91,14 @@ def test_options_of_no_use_are_errors(serve, arguments, named):
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 1
     assert named in errors
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_sighup_ends_nothing(serve):
+    process = serve("--listen", "127.0.0.1:0")
+    assert process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
