@@ -127,7 +127,7 @@ class BackServer:
                     error,
                 )
         engine, limits = BackEngine(bundle, threads), replace(limits, max_batch=1)
-        return cls(engine, listen, security=security, limits=limits)
+        return cls(engine, listen, security=security, limits=limits, metrics=metrics)
 
     @property
     def address(self) -> str:
@@ -140,6 +140,11 @@ class BackServer:
     def sessions(self) -> int:
         """Number of sessions, those on their lease included."""
         return len(self._table) if self._table is not None else 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV cache that are reserved."""
+        return self._table.kv_bytes if self._table is not None else 0
 
     def start(self) -> str:
         """Listen, and return the address; the server then runs until `stop`.

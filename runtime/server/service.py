@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from ..._version import __version__
 from ...errors import CodecError
 from ...quant.codec import CODECS, Codec
 from ..wire import isthmus_pb2 as pb
-from ..wire.framing import PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, check_hello, parse_client_message
+from ..wire.framing import Refusal, check_hello, parse_client_message, welcome_message
 from ..wire.transport import PIPELINE_DEPTH, SERVICE, SESSION_METHOD
 from .admission import ANYONE, Admission
 from .compute import ComputeEngine
@@ -159,19 +158,7 @@ class _Stream:
             self._codec = self._engine.codec(message.hello.codec)
         except CodecError as error:
             raise Refusal("UNSUPPORTED_CODEC", str(error)) from error
-        limits = pb.Limits(
-            max_frame_bytes=self._limits.max_frame_bytes,
-            max_frame_tokens=self._limits.max_frame_tokens,
-            max_session_tokens=self._table.max_session_tokens,
-            lease_ms=round(1000 * self._limits.lease_s),
-        )
-        welcome = pb.Welcome(
-            protocol_major=PROTOCOL_MAJOR,
-            protocol_minor=min(PROTOCOL_MINOR, message.hello.protocol_minor),
-            server=f"isthmus {__version__}",
-            limits=limits,
-        )
-        await self._write(pb.ServerMessage(welcome=welcome))
+        await self._context.write(welcome_message(message.hello, self._limits.granted(manifest.max_length)))
         return True
 
     async def _read(self) -> None:
