@@ -1,0 +1,121 @@
+"""Workers as Ray actors, on this machine or on those of a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ...errors import IsthmusError, LinkError
+from .identity import WorkerIdentity
+from .worker import Report, Worker, WorkerOptions
+
+_STOP_TIMEOUT_S = 3.0
+_STORE_BYTES = 80 << 20  # of Ray's object store, which nothing here needs: its least
+
+
+class RayCluster:
+    """Ray on this machine, ended with this object, or a cluster that is there already.
+
+    Args:
+        address: of the cluster, as `ray.init` takes it; None starts Ray on this machine: without a dashboard, without
+            usage statistics, its files in a temporary folder.
+
+    Raises:
+        LinkError: Ray cannot be started or reached.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ.setdefault("RAY_worker_niceness", "0")  # a worker is no batch job
+        import ray
+
+        self._folder: str | None = None
+        self.local = address is None
+        options: dict[str, Any] = {"address": address}
+        if self.local:
+            self._folder = tempfile.mkdtemp(prefix="isthmus-")  # short: Unix sockets lie in it
+            options = {
+                "address": "local",
+                "include_dashboard": False,
+                "object_store_memory": _STORE_BYTES,
+                "_temp_dir": f"{self._folder}/ray",  # which Ray opens to everyone, its parent is not
+                "_node_ip_address": "127.0.0.1",
+            }
+        try:
+            ray.init(**options, configure_logging=False, log_to_driver=True)
+        except Exception as error:  # Ray raises what it meets
+            self._remove_folder()
+            where = "on this machine" if self.local else f"at {address}"
+            raise LinkError(f"no Ray {where}: {error}") from error
+        self._ray: Any = ray
+
+    def launch(self, folder: Path, options: WorkerOptions, identity: WorkerIdentity) -> RayWorker:
+        """A process for a worker, on the machine that has the fewest."""
+        return RayWorker(self._ray, folder, options, identity)
+
+    def close(self) -> None:
+        """Leave the cluster, with all workers; end it if it was started here."""
+        self._ray.shutdown()
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _ActorWorker(Worker):
+    """The worker, which learns its machine's address from Ray."""
+
+    def start_on_node(self, folder: Path, options: WorkerOptions, identity: WorkerIdentity) -> Report:
+        from ray.util import get_node_ip_address
+
+        return self.start(folder, get_node_ip_address(), options, identity)
+
+
+class RayWorker:
+    """A worker in an actor, see `isthmus.runtime.fleet.worker.WorkerProcess`."""
+
+    def __init__(self, ray: Any, folder: Path, options: WorkerOptions, identity: WorkerIdentity) -> None:
+        self._ray = ray
+        # Ray must not start it again: its sessions would be gone, and nobody would know.
+        actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy="SPREAD")(_ActorWorker)
+        self._actor = actor.remote()
+        self._arguments = folder, options, identity
+
+    async def start(self) -> Report:
+        """Wait until it serves."""
+        return await self._result(lambda: self._actor.start_on_node.remote(*self._arguments))
+
+    async def report(self) -> Report:
+        """Ask it; raises once its process is gone."""
+        return await self._result(self._actor.report.remote)
+
+    async def stop(self) -> None:
+        """Let it put its things away, and end its process."""
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._result(self._actor.stop.remote), _STOP_TIMEOUT_S)
+        self._ray.kill(self._actor)
+
+    async def _result(self, call: Callable[[], Any]) -> Any:
+        pending: Awaitable[Any] = asyncio.wrap_future(call().future())
+        try:
+            return await pending
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, IsthmusError):
+                raise error.cause from None
+            raise
