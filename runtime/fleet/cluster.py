@@ -108,7 +108,8 @@ class RayWorker:
     async def stop(self) -> None:
         """Let it put its things away, and end its process."""
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._result(self._actor.stop.remote), _STOP_TIMEOUT_S)
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await self._result(self._actor.stop.remote)
         self._ray.kill(self._actor)
 
     async def _result(self, call: Callable[[], Any]) -> Any:

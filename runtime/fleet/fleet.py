@@ -76,7 +76,7 @@ class Version:
     Attributes:
         folder: where workers open it: links are followed once, so that the path may come to mean the next version.
         retiring: another version has taken its place; it ends with its last session.
-        lost: sessions that a dead worker took along, and that devices may make again here until ``lost_until``.
+        reopen_until: when retiring, it takes sessions until then: those that a worker took along and devices make again.
         starting: workers that do not serve yet.
         failures: workers in a row that did not start.
         not_before: when the next one may be started.
@@ -86,8 +86,7 @@ class Version:
     bundle: Bundle
     backends: list[Backend] = field(default_factory=list)
     retiring: bool = False
-    lost: int = 0
-    lost_until: float = 0.0
+    reopen_until: float = 0.0
     starting: int = 0
     failures: int = 0
     not_before: float = 0.0
@@ -101,6 +100,15 @@ class Version:
     def taking(self) -> list[Backend]:
         """Workers that take sessions."""
         return [backend for backend in self.backends if not backend.retiring]
+
+    @property
+    def reopens(self) -> bool:
+        """Whether devices may just now be making sessions again that were lost."""
+        return time.monotonic() < self.reopen_until
+
+    def sessions_lost(self) -> None:
+        """A worker is gone, or a stream to it: devices come and make their sessions again."""
+        self.reopen_until = time.monotonic() + _REPLAY_S
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of KV cache that a session comes to, about."""
@@ -240,7 +248,8 @@ class Fleet:
         process = self._launch(version.folder)
         started = time.monotonic()
         try:
-            report = await asyncio.wait_for(process.start(), _START_TIMEOUT_S)
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                report = await process.start()
         except BaseException as error:
             await process.stop()
             if isinstance(error, TimeoutError):
@@ -266,7 +275,8 @@ class Fleet:
         """Have a worker report until it cannot, or has ended."""
         while not backend.lost:
             try:
-                await asyncio.wait_for(backend.process.report(), _REPORT_TIMEOUT_S)
+                async with asyncio.timeout(_REPORT_TIMEOUT_S):
+                    await backend.process.report()
             except Exception as error:  # whatever it is, the worker is of no use
                 if not backend.lost:
                     logger.warning("worker %d is lost: %s", backend.number, _first_line(error))
@@ -274,14 +284,14 @@ class Fleet:
                 return
             backend.doubted.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(backend.doubted.wait(), _LOOK_S)
+                async with asyncio.timeout(_LOOK_S):
+                    await backend.doubted.wait()
 
     async def _lose(self, version: Version, backend: Backend) -> None:
         """Forget a worker and its sessions; its streams end with the channel, and say so to their devices."""
         self.lost += 1
         version.backends.remove(backend)
-        version.lost += len(backend.pins)
-        version.lost_until = time.monotonic() + _REPLAY_S
+        version.sessions_lost()
         for pin in list(backend.pins):
             self.pins.free(pin)
         self._look()
@@ -323,10 +333,8 @@ class Fleet:
             taking = version.taking
             load = sum(backend.load for backend in taking) / len(taking) if taking else 0.0
             return self._scaler.observe(load, len(taking), time.monotonic())
-        if time.monotonic() > version.lost_until:
-            version.lost = 0
         in_use = sum(bool(backend.pins) for backend in version.taking)
-        return max(in_use, 1 if version.lost else 0)
+        return max(in_use, 1 if version.reopens else 0)
 
     async def _replace(self, version: Version) -> None:
         try:

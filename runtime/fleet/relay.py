@@ -32,7 +32,7 @@ Call = Any  # grpc.aio.StreamStreamCall, whose stubs do not know `read` and `wri
 _CLIENT = {name: field.number for name, field in pb.ClientMessage.DESCRIPTOR.fields_by_name.items()}
 _SERVER = {name: field.number for name, field in pb.ServerMessage.DESCRIPTOR.fields_by_name.items()}
 
-_GONE = "the worker that had the session is gone; open the session again"
+_BROKEN = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)  # a call that has ended, as gRPC tells it
 
 
 class FrontService:
@@ -142,7 +142,8 @@ class _Stream:
     async def _greet(self) -> bool:
         """Check the Hello before anything else is read; whether there was one."""
         try:
-            data = await asyncio.wait_for(self._context.read(), self._limits.idle_s)
+            async with asyncio.timeout(self._limits.idle_s):
+                data = await self._context.read()
         except TimeoutError as error:
             raise Refusal("BAD_REQUEST", f"no Hello within {self._limits.idle_s:g} s") from error
         if not isinstance(data, bytes):
@@ -175,7 +176,7 @@ class _Stream:
                 return
             if field != _CLIENT["step"]:
                 self._ready.clear()
-            with contextlib.suppress(grpc.aio.BaseError, asyncio.InvalidStateError):  # the answers' end tells why
+            with contextlib.suppress(*_BROKEN):  # the answers' end tells why
                 await call.write(data)
         if self._call is not None:
             await self._call.done_writing()
@@ -183,7 +184,8 @@ class _Stream:
 
     async def _next(self) -> bytes | None:
         try:
-            return await asyncio.wait_for(self._inbox.get(), self._limits.idle_s)
+            async with asyncio.timeout(self._limits.idle_s):
+                return await self._inbox.get()
         except TimeoutError as error:
             raise Refusal("BAD_REQUEST", f"no session opened within {self._limits.idle_s:g} s") from error
 
@@ -228,7 +230,6 @@ class _Stream:
                         continue
                     await self._context.write(answer)
                     return False
-                version.lost = max(0, version.lost - 1)
                 self._pins.opened(pin, message.opened.session)
                 await self._context.write(answer)
                 return await self._carry(call, pin)
@@ -254,7 +255,7 @@ class _Stream:
         try:
             answer = await self._first_answer(call, data, pin.backend)
             if answer is None:
-                raise Refusal("SESSION_UNKNOWN", _GONE)
+                raise self._gone()
             await self._context.write(answer)
             if message_field(answer) != _SERVER["attached"]:
                 if parse_server_message(answer).fault.code == pb.Fault.SESSION_UNKNOWN:
@@ -273,7 +274,7 @@ class _Stream:
         try:
             await call.write(self._hello)
             await call.write(data)
-        except (grpc.aio.BaseError, asyncio.InvalidStateError):
+        except _BROKEN:
             self._fleet.doubt(backend)
             return None
         answer = await self._answer(call, backend)
@@ -285,7 +286,7 @@ class _Stream:
         """What a worker says next; None at the end of the stream, and if it broke: then the worker is in doubt."""
         try:
             data = await call.read()
-        except grpc.aio.BaseError:
+        except _BROKEN:
             self._fleet.doubt(backend)
             return None
         except asyncio.CancelledError:
@@ -301,17 +302,23 @@ class _Stream:
         self._ready.set()
         try:
             while (data := await self._answer(call, pin.backend)) is not None:
-                await self._context.write(data)
                 field = message_field(data)
-                if field == _SERVER["closed"] or (field == _SERVER["fault"] and _ends_session(data)):
-                    self._pins.free(pin)
+                over = field == _SERVER["closed"] or (field == _SERVER["fault"] and _ends_session(data))
+                if over:
+                    self._pins.free(pin)  # first: with the answer, the device may be gone
+                await self._context.write(data)
+                if over:
                     return True
             if pin.backend.lost or pin.backend.doubted.is_set():
                 # The device makes the session again: that is sure, and as soon as it can be.
-                raise Refusal("SESSION_UNKNOWN", _GONE)
+                raise self._gone()
             return False
         finally:
             self._call = None
+
+    def _gone(self) -> Refusal:
+        self._version.sessions_lost()
+        return Refusal("SESSION_UNKNOWN", "the worker that had the session is gone; open the session again")
 
     async def _write(self, message: pb.ServerMessage) -> None:
         await self._context.write(message.SerializeToString())
@@ -319,7 +326,7 @@ class _Stream:
 
 def _check_version(version: Version, current: Version) -> None:
     """Refuse a new session of a version that is on its way out, unless it may be one that a worker took along."""
-    if version.retiring and not version.lost:
+    if version.retiring and not version.reopens:
         raise Refusal(
             "MANIFEST_MISMATCH",
             f"new sessions are of manifest {current.bundle.manifest_sha256}, this device's is "
