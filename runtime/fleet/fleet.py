@@ -76,7 +76,7 @@ class Version:
     Attributes:
         folder: where workers open it: links are followed once, so that the path may come to mean the next version.
         retiring: another version has taken its place; it ends with its last session.
-        reopen_until: when retiring, it takes sessions until then: those that a worker took along and devices make again.
+        reopen_until: a retiring one takes sessions until then: those that a worker took along are made again.
         starting: workers that do not serve yet.
         failures: workers in a row that did not start.
         not_before: when the next one may be started.
