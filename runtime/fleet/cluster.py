@@ -41,6 +41,7 @@ class RayCluster:
         options: dict[str, Any] = {"address": address}
         if self.local:
             self._folder = tempfile.mkdtemp(prefix="isthmus-")  # short: Unix sockets lie in it
+            os.environ["TMPDIR"] = self._folder  # of the workers, too, so that a killed one leaves nothing
             options = {
                 "address": "local",
                 "include_dashboard": False,
