@@ -7,13 +7,17 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ...errors import IsthmusError, LinkError
 from .identity import WorkerIdentity
+from .pipeline import Part, Stage
 from .worker import Report, Worker, WorkerOptions
 
 _STOP_TIMEOUT_S = 3.0
@@ -82,10 +86,38 @@ class RayCluster:
 class _ActorWorker(Worker):
     """The worker, which learns its machine's address from Ray."""
 
-    def start_on_node(self, folder: Path, options: WorkerOptions, identity: WorkerIdentity) -> Report:
+    def start_on_node(
+        self, folder: Path, options: WorkerOptions, identity: WorkerIdentity, later: Sequence[Any]
+    ) -> Report:
         from ray.util import get_node_ip_address
 
-        return self.start(folder, get_node_ip_address(), options, identity)
+        return self.start(folder, get_node_ip_address(), options, identity, [_RemoteStage(actor) for actor in later])
+
+
+class _RemoteStage:
+    """A later stage in an actor, see `isthmus.runtime.fleet.pipeline.LaterStage`."""
+
+    def __init__(self, actor: Any) -> None:
+        import ray
+
+        self._actor, self._get = actor, ray.get
+
+    def take(self, session: int, capacity: int) -> None:
+        self._get(self._actor.take.remote(session, capacity))
+
+    def forward(self, parts: Sequence[Part], hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        rows: NDArray[np.float32] = self._get(self._actor.forward.remote(parts, hidden))
+        return rows
+
+    def append(self, session: int, position: int, rows: NDArray[Any]) -> None:
+        self._get(self._actor.append.remote(session, position, rows))
+
+    def give_back(self, session: int) -> None:
+        self._get(self._actor.give_back.remote(session))
+
+    def room(self) -> int:
+        room: int = self._get(self._actor.room.remote())
+        return room
 
 
 class RayWorker:
@@ -93,17 +125,24 @@ class RayWorker:
 
     def __init__(self, ray: Any, folder: Path, options: WorkerOptions, identity: WorkerIdentity) -> None:
         self._ray = ray
-        # Ray must not start it again: its sessions would be gone, and nobody would know.
-        actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy="SPREAD")(_ActorWorker)
-        self._actor = actor.remote()
-        self._arguments = folder, options, identity
+
+        def actor(kind: type, *arguments: object) -> Any:
+            # Ray must not start it again: its sessions would be gone, and nobody would know.
+            return ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy="SPREAD")(kind).remote(*arguments)
+
+        stage = options.stages, options.threads, options.limits, options.memory_limit_mb
+        self._actor = actor(_ActorWorker)
+        self._later = [actor(Stage, folder, number, *stage) for number in range(1, options.stages)]
+        self._arguments = folder, options, identity, self._later
 
     async def start(self) -> Report:
         """Wait until it serves."""
         return await self._result(lambda: self._actor.start_on_node.remote(*self._arguments))
 
     async def report(self) -> Report:
-        """Ask it; raises once its process is gone."""
+        """Ask it; raises once its process is gone, or that of a later stage."""
+        for stage in self._later:
+            await self._result(stage.room.remote)
         return await self._result(self._actor.report.remote)
 
     async def stop(self) -> None:
@@ -111,7 +150,8 @@ class RayWorker:
         with contextlib.suppress(Exception):
             async with asyncio.timeout(_STOP_TIMEOUT_S):
                 await self._result(self._actor.stop.remote)
-        self._ray.kill(self._actor)
+        for actor in (self._actor, *self._later):
+            self._ray.kill(actor)
 
     async def _result(self, call: Callable[[], Any]) -> Any:
         pending: Awaitable[Any] = asyncio.wrap_future(call().future())

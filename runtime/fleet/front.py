@@ -175,11 +175,13 @@ class FleetPlan:
         most = most if most is not None else max(DEFAULT_WORKERS, least)
         if not 1 <= least <= most:
             raise RequestError(f"{least} to {most} workers: must be at least 1, and the least no more than the most")
+        if stages < 1:
+            raise RequestError(f"a pipeline of {stages} processes: must be at least 1")
         if threads is None:
-            threads = max(1, default_threads() // most)
+            threads = max(1, default_threads() // (most * stages))
         free = machine_memory()
         if memory_limit_mb is None and ray_address is None and free is not None:
-            memory_limit_mb = free.free_mb / most
+            memory_limit_mb = free.free_mb / (most * stages)
         options = WorkerOptions(threads, limits or ServerLimits(), memory_limit_mb, stages)
         return cls(least, most, options, ray_address)
 

@@ -305,6 +305,8 @@ class _Stream:
                 field = message_field(data)
                 over = field == _SERVER["closed"] or (field == _SERVER["fault"] and _ends_session(data))
                 if over:
+                    if field == _SERVER["fault"]:
+                        self._fleet.doubt(pin.backend)
                     self._pins.free(pin)  # first: with the answer, the device may be gone
                 await self._context.write(data)
                 if over:

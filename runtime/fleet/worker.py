@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..server.limits import ServerLimits
 from .identity import WorkerIdentity
+
+if TYPE_CHECKING:
+    from .pipeline import LaterStage
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,9 @@ class WorkerOptions:
     """How workers are started.
 
     Attributes:
-        threads: of onnxruntime, in each.
+        threads: of onnxruntime, in each process.
         limits: of each.
-        memory_limit_mb: resident memory of each at its peak; by default what its machine has free when it starts.
+        memory_limit_mb: resident memory of each process at its peak; by default what its machine has free.
         stages: processes that share the layers of the back, see `isthmus.runtime.fleet.pipeline`.
     """
 
@@ -65,8 +69,22 @@ class WorkerProcess(Protocol):
 class Worker:
     """The worker in its own process: an ordinary server, which none but the front may enter."""
 
-    def start(self, folder: Path, host: str, options: WorkerOptions, identity: WorkerIdentity) -> Report:
+    def start(
+        self,
+        folder: Path,
+        host: str,
+        options: WorkerOptions,
+        identity: WorkerIdentity,
+        later: Sequence[LaterStage] = (),
+    ) -> Report:
         """Open the server half and listen on a free port.
+
+        Args:
+            folder: ``OUT/server``.
+            host: of this machine, as the front reaches it.
+            options: see the class.
+            identity: what it shows, and whom it lets in.
+            later: the further stages, if this process has the first blocks alone.
 
         Raises:
             BundleError: the folder is no intact server half on this machine.
@@ -77,14 +95,23 @@ class Worker:
         # To a worker all sessions are the front's, which counts those of each device.
         limits = replace(options.limits, max_sessions_per_device=options.limits.max_sessions)
         self._files = tempfile.TemporaryDirectory(prefix="isthmus-worker-")  # readable by its owner alone
-        self._server = BackServer.from_bundle(
-            folder,
-            f"{host}:0",
-            threads=options.threads,
-            security=identity.write(Path(self._files.name)),
-            limits=limits,
-            memory_limit_mb=options.memory_limit_mb,
-        )
+        security, memory = identity.write(Path(self._files.name)), options.memory_limit_mb
+        if later:
+            from .pipeline import open_pipeline
+
+            engine, limits = open_pipeline(
+                folder, later, threads=options.threads, limits=limits, memory_limit_mb=memory
+            )
+            self._server = BackServer(engine, f"{host}:0", security=security, limits=limits)
+        else:
+            self._server = BackServer.from_bundle(
+                folder,
+                f"{host}:0",
+                threads=options.threads,
+                security=security,
+                limits=limits,
+                memory_limit_mb=memory,
+            )
         self._server.start()
         return self.report()
 

@@ -184,6 +184,47 @@ def test_a_signal_rolls(start_fleet, open_model, undisturbed, tiny, folder, tmp_
     eventually(lambda: not alive(fleet.workers[1]))
 
 
+def stages_of(fleet: FleetProcess) -> list[int]:
+    """Processes that have later layers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        if name.startswith(b"ray::Stage") and str(fleet.temporary).encode() in environment:
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes by their environment")
+def test_a_pipeline_that_loses_a_stage(start_fleet, open_model, tmp_path, write_checkpoint):
+    from isthmus.export.export import export_bundle
+
+    write_checkpoint(tmp_path / "checkpoint", "llama", 0)
+    bits = dict.fromkeys(("front_bits", "back_bits", "embed_bits", "head_bits"), 8)
+    out = tmp_path / "out"
+    export_bundle(
+        str(tmp_path / "checkpoint"), out, **bits, split=2, layers_per_block=1, calibration_tokens=0, max_length=256
+    )
+    fleet = start_fleet("--workers", "1", half=out / "server")
+    whole = open_model(fleet.address, half=out / "device")
+    expected = whole.generate(PROMPT, max_new_tokens=NEW_TOKENS, sampling=SAMPLINGS[1]).token_ids
+    cut = start_fleet("--workers", "1", "--pipeline", "2", half=out / "server")
+    stream = open_model(cut.address, half=out / "device").tokens(
+        PROMPT, max_new_tokens=NEW_TOKENS, sampling=SAMPLINGS[1]
+    )
+    tokens = [next(iter(stream)).id for _ in range(5)]
+    [stage] = stages_of(cut)
+    os.kill(stage, signal.SIGKILL)
+    tokens += [token.id for token in stream]
+    stream.close()
+    assert tokens == expected
+    assert stream.replays
+    eventually(lambda: not alive(cut.workers[1]))  # the rest of the worker ends, too
+    eventually(lambda: len(stages_of(cut)) == 1)
+
+
 def test_what_does_not_start_is_one_line(folder, tmp_path):
     command = [sys.executable, "-m", "isthmus.cli.main", "fleet", str(folder / "server"), "--workers", "1"]
     environment = os.environ | {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
