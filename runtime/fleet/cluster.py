@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
@@ -38,10 +39,13 @@ class RayCluster:
     def __init__(self, address: str | None = None) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         os.environ.setdefault("RAY_worker_niceness", "0")  # a worker is no batch job
-        import ray
+        self.local = address is None
+        if self.local:
+            # Ray listens on every interface: whoever does not have this, which is in no file, is turned away.
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        import ray  # reads these when it is imported
 
         self._folder: str | None = None
-        self.local = address is None
         options: dict[str, Any] = {"address": address}
         if self.local:
             self._folder = tempfile.mkdtemp(prefix="isthmus-")  # short: Unix sockets lie in it

@@ -1,7 +1,7 @@
 """A back that one process cannot hold: its layers in a line of processes, hidden states passed on as they are.
 
-The first process has the server, the first blocks, the head and the samplers; each later one has further blocks and their
-KV caches. A batch goes through all of them as it would through one: the same blocks over the same rows.
+The first process has the server, the first blocks, the head and the samplers; each later one has further blocks, and
+their KV caches. A batch goes through all of them as it would through one: the same blocks over the same rows.
 """
 
 from __future__ import annotations

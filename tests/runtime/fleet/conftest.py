@@ -54,7 +54,15 @@ class ThreadWorker:
 class RunningFleet:
     """A front with its fleet; methods may be called from the test's thread."""
 
-    def __init__(self, folder: Path, security: ServerSecurity, least: int, most: int, limits: ServerLimits) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        security: ServerSecurity,
+        least: int,
+        most: int,
+        limits: ServerLimits,
+        metrics: str | None,
+    ) -> None:
         options = WorkerOptions(threads=1, limits=limits)
         self.identity = FrontIdentity.create()
         self.workers: list[ThreadWorker] = []
@@ -66,7 +74,7 @@ class RunningFleet:
             return self.workers[-1]
 
         self.fleet = Fleet(folder, launch, self.identity.channel, options=options, least=least, most=most)
-        self.front = Front(self.fleet, "127.0.0.1:0", security)
+        self.front = Front(self.fleet, "127.0.0.1:0", security, metrics=metrics)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -120,11 +128,11 @@ def make_fleet(folder: Path) -> Iterator[Callable[..., RunningFleet]]:
         *,
         half: Path = folder / "server",
         security: ServerSecurity | None = None,
+        metrics: str | None = None,
         **limits: Any,
     ) -> RunningFleet:
-        fleets.append(
-            RunningFleet(half, security or ServerSecurity(insecure=True), least, most or least, ServerLimits(**limits))
-        )
+        security = security or ServerSecurity(insecure=True)
+        fleets.append(RunningFleet(half, security, least, most or least, ServerLimits(**limits), metrics))
         return fleets[-1]
 
     yield start

@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
-from isthmus.errors import LinkError, ProtocolError
+from isthmus.errors import LinkError, ProtocolError, RequestError
+from isthmus.runtime.fleet.front import FleetPlan
 from isthmus.runtime.sampling import Sampling
+from isthmus.runtime.server.metrics import parse_metrics
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire.security import ServerSecurity
 
@@ -196,6 +199,52 @@ def test_a_damaged_new_bundle_changes_nothing(make_fleet, open_model, tiny, fold
     fleet.call(fleet.fleet.roll)
     eventually(lambda: "stays with" in caplog.text)
     assert open_model(fleet.address).generate(PROMPT, max_new_tokens=1).token_ids
+
+
+def test_a_fleet_tells_how_it_is(make_fleet, open_model):
+    fleet = make_fleet(2, metrics="127.0.0.1:0")
+
+    def told() -> dict[str, float]:
+        with urlopen(f"http://{fleet.front.metrics_address}/metrics", timeout=10) as answer:
+            return parse_metrics(answer.read().decode())
+
+    stream = open_model(fleet.address).tokens(PROMPT, max_new_tokens=8, sampling=Sampling())
+    next(iter(stream))
+    before = told()
+    assert (before["workers"], before["sessions"], before["sessions_carried"]) == (2, 1, 1)
+    assert 0 < before["kv_bytes"] < before["kv_budget_bytes"]
+    fleet.busy()[0].crash()
+    list(stream)
+    stream.close()
+    eventually(lambda: (told()["workers_lost"], told()["workers"]) == (1, 2))
+    after = told()
+    assert (after["sessions"], after["sessions_carried"], after["kv_bytes"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "least", "most"),
+    [
+        ({}, 2, 2),
+        ({"workers": 3}, 3, 3),
+        ({"least": 1}, 1, 2),
+        ({"least": 3}, 3, 3),
+        ({"most": 1}, 1, 1),
+        ({"most": 5}, 2, 5),
+        ({"least": 1, "most": 4}, 1, 4),
+    ],
+)
+def test_a_plan_fills_in_what_is_not_said(given, least, most):
+    plan = FleetPlan.of(**given)
+    assert (plan.least, plan.most) == (least, most)
+    assert plan.options.threads >= 1
+
+
+@pytest.mark.parametrize(
+    "given", [{"workers": 2, "least": 1}, {"workers": 0}, {"least": 3, "most": 2}, {"stages": 0}], ids=str
+)
+def test_a_plan_that_contradicts_itself_is_refused(given):
+    with pytest.raises(RequestError, match=r"give one|must be"):
+        FleetPlan.of(**given)
 
 
 @pytest.mark.parametrize("patience", [0.0, 30.0])
