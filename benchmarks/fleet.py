@@ -155,13 +155,14 @@ def kill_one(recordings: Recordings, fleet: Serving, sessions: int) -> dict[str,
 
 
 def front_cost(recordings: Recordings, servers: dict[str, str], repetitions: int) -> dict[str, float]:
-    """Milliseconds a token, of one session at a time; runs alternate, medians."""
+    """Milliseconds a token, of one session at a time: medians, and that of the differences of runs side by side."""
     seen: dict[str, list[float]] = {name: [] for name in servers}
     for _ in range(repetitions):
         for name, address in servers.items():
             report = replay(recordings, address, sessions=1, security=SECURITY).to_dict()
             seen[name].append(report["ms_per_token"]["p50"])
-    return {name: median(values) for name, values in seen.items()}
+    added = [fleet - serve for serve, fleet in zip(seen["serve"], seen["fleet"], strict=True)]
+    return {name: median(values) for name, values in (seen | {"added": added}).items()}
 
 
 def main() -> None:
@@ -178,7 +179,7 @@ def main() -> None:
     with serving("serve", folder, "--threads", "1") as alone:
         recordings = record(args.bundle / "device", alone.address, new_tokens=args.new_tokens, security=SECURITY)
         with serving("fleet", folder, "--threads", "1", "--workers", "1") as one:
-            cost = front_cost(recordings, {"serve": alone.address, "fleet": one.address}, args.repetitions)
+            cost = front_cost(recordings, {"serve": alone.address, "fleet": one.address}, 5 * args.repetitions)
     runs = []
     for _ in range(args.repetitions):
         with serving("fleet", folder, "--threads", "1", "--workers", str(args.workers)) as fleet:
@@ -199,7 +200,10 @@ def main() -> None:
     headers = ["sessions", "on the killed worker", "finished", "identical"]
     headers += ["s to their next token: p50", "max", "longest gap of the others: p50", "s to a new worker"]
     print(tabulate(rows, headers, tablefmt="github", floatfmt=".2f"))
-    print(f"\nms a token of one session: {cost['serve']:.2f} on a server, {cost['fleet']:.2f} through the front")
+    print(
+        f"\nms a token of one session: {cost['serve']:.2f} on a server, {cost['fleet']:.2f} through the front; "
+        f"side by side {cost['added']:+.2f}"
+    )
     print(f"load average {', '.join(f'{load:.1f}' for load in os.getloadavg())} on {os.cpu_count()} processors")
     if args.json:
         args.json.write_text(json.dumps({"ms_per_token": cost, "killed": runs}, indent=1) + "\n")

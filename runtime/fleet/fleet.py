@@ -147,6 +147,7 @@ class Fleet:
         self._numbers = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._rolling = asyncio.Lock()
         self.lost = 0  # workers, so far
 
     @property
@@ -211,20 +212,21 @@ class Fleet:
         self._spawn(self._roll())
 
     async def _roll(self) -> None:
-        try:
-            version = self._open_version()
-            digest = version.bundle.manifest_sha256
-            if digest in self._versions:
-                logger.warning("%s: manifest %s is served already", version.folder, digest[:12])
+        async with self._rolling:
+            try:
+                opened = self._open_version()
+                version = self._versions.get(opened.bundle.manifest_sha256, opened)
+                if version is self._current:
+                    logger.warning("%s: its bundle is served already", self._folder)
+                    return
+                await self._start_all(version)
+            except IsthmusError as error:
+                logger.error("the fleet stays with %s: %s", self._current.folder, error)
                 return
-            await self._start_all(version)
-        except IsthmusError as error:
-            logger.error("the fleet stays with %s: %s", self._current.folder, error)
-            return
-        before, self._current = self._current, version
-        self._versions[digest] = version
-        before.retiring = True
-        logger.warning("new sessions go to %s; %s ends with its last one", version.folder, before.folder)
+            before, self._current = self._current, version
+            self._versions[version.bundle.manifest_sha256] = version
+            before.retiring, version.retiring = True, False
+            logger.warning("new sessions go to %s; %s ends with its last one", version.folder, before.folder)
 
     def _open_version(self) -> Version:
         folder = self._folder.resolve()
@@ -233,16 +235,17 @@ class Fleet:
         return Version(bundle.folder, bundle)
 
     async def _start_all(self, version: Version) -> None:
-        """Start as many workers as there should be; if one fails, none stays."""
+        """Start as many workers as there should be; if one fails, none of them stays."""
         starts = [self._start(version) for _ in range(self._scaler.wanted)]
         results = await asyncio.gather(*starts, return_exceptions=True)
         failures = [result for result in results if isinstance(result, BaseException)]
         if failures:
-            await asyncio.gather(*(self._end(backend) for backend in version.backends), return_exceptions=True)
-            version.backends.clear()
+            for backend in [result for result in results if isinstance(result, Backend)]:
+                version.backends.remove(backend)
+                await self._end(backend)
             raise failures[0]
 
-    async def _start(self, version: Version) -> None:
+    async def _start(self, version: Version) -> Backend:
         """Start a worker of a version and watch it from then on."""
         version.starting += 1
         process = self._launch(version.folder)
@@ -270,6 +273,7 @@ class Fleet:
         seconds = time.monotonic() - started
         logger.info("worker %d (process %d) serves after %.1f s", backend.number, report.process, seconds)
         self._spawn(self._watch(version, backend))
+        return backend
 
     async def _watch(self, version: Version, backend: Backend) -> None:
         """Have a worker report until it cannot, or has ended."""

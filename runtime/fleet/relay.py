@@ -231,6 +231,7 @@ class _Stream:
                     await self._context.write(answer)
                     return False
                 self._pins.opened(pin, message.opened.session)
+                logger.info("session %s: on worker %d", message.opened.session.hex()[:8], backend.number)
                 await self._context.write(answer)
                 return await self._carry(call, pin)
             finally:

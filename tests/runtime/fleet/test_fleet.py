@@ -186,6 +186,30 @@ def test_a_new_bundle_takes_over_without_ending_a_session(make_fleet, open_model
     eventually(lambda: len(fleet.sessions()) == 2)  # the new bundle's
 
 
+def test_a_fleet_rolls_back(make_fleet, open_model, tiny, folder, tmp_path, undisturbed):
+    current = tmp_path / "current"
+    current.symlink_to(folder)
+    fleet = make_fleet(1, half=current / "server")
+    streams = {}
+    for bits, bundle in ((8, folder), (4, Path(tiny.bundle(bits=4, split=2))), (8, folder)):
+        current.unlink()
+        current.symlink_to(bundle)
+        fleet.call(fleet.fleet.roll)
+        fleet.call(fleet.fleet.roll)  # once is enough
+        eventually(lambda bits=bits: fleet.fleet.current.manifest.back_bits == bits)
+        stream = open_model(fleet.address, half=bundle / "device").tokens(
+            PROMPT, max_new_tokens=NEW_TOKENS, sampling=SAMPLINGS["sampled"]
+        )
+        streams[stream] = [next(iter(stream)).id]
+    for stream, tokens in streams.items():
+        tokens += [token.id for token in stream]
+        stream.close()
+        assert not stream.replays
+    first, _, third = streams.values()
+    assert first == third == undisturbed["sampled"]
+    eventually(lambda: len(fleet.sessions()) == 1)
+
+
 def test_a_damaged_new_bundle_changes_nothing(make_fleet, open_model, tiny, folder, tmp_path, caplog):
     current = tmp_path / "current"
     current.symlink_to(folder)

@@ -150,6 +150,7 @@ def test_one_of_three_workers_under_24_sessions(start_fleet, open_model, undistu
     assert all(tokens == undisturbed[number % 2] for number, tokens, _ in results)
     assert sum(replays for _, _, replays in results) == 8  # placed evenly; none of the others noticed
     eventually(lambda: set(fleet.workers) == {1, 2, 3, 4})
+    eventually(lambda: not alive(fleet.workers[1]))
 
 
 def test_a_signal_drains_and_leaves_nothing(start_fleet, open_model, undisturbed):
