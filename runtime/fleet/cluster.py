@@ -141,6 +141,8 @@ class RayWorker:
 
     async def start(self) -> Report:
         """Wait until it serves."""
+        for stage in self._later:
+            await self._result(stage.room.remote)
         return await self._result(lambda: self._actor.start_on_node.remote(*self._arguments))
 
     async def report(self) -> Report:
@@ -165,3 +167,8 @@ class RayWorker:
             if isinstance(error.cause, IsthmusError):
                 raise error.cause from None
             raise
+        except self._ray.exceptions.RayActorError as error:
+            text = str(error).strip()
+            if error.actor_init_failed:  # Ray gives the traceback, at whose end is what was raised
+                text = text.rpartition("\nisthmus.errors.")[2].partition(": ")[2]
+            raise LinkError(text) from error

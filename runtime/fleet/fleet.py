@@ -17,6 +17,7 @@ from ...errors import IsthmusError, LinkError
 from ..bundle import Bundle, Manifest, open_bundle
 from ..wire import isthmus_pb2 as pb
 from .pins import Pin, PinTable
+from .pipeline import cut
 from .scaling import Scaler
 from .worker import WorkerOptions, WorkerProcess
 
@@ -232,6 +233,8 @@ class Fleet:
         folder = self._folder.resolve()
         # Each worker checks the files where it reads them.
         bundle = open_bundle(folder, "server", verify=False)
+        if self.options.stages > 1:
+            cut(bundle, self.options.stages)
         return Version(bundle.folder, bundle)
 
     async def _start_all(self, version: Version) -> None:

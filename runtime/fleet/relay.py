@@ -179,7 +179,8 @@ class _Stream:
             with contextlib.suppress(*_BROKEN):  # the answers' end tells why
                 await call.write(data)
         if self._call is not None:
-            await self._call.done_writing()
+            with contextlib.suppress(*_BROKEN):
+                await self._call.done_writing()
         self._inbox.put_nowait(None)
 
     async def _next(self) -> bytes | None:
