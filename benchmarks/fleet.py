@@ -5,7 +5,7 @@
 A few generations are recorded once. Then `isthmus fleet` runs on this machine, and so many sessions send what was
 recorded, over the device's own link, which makes lost sessions again. When half of all tokens are there, the process of
 a worker is killed (SIGKILL). Before that, one session at a time measures what a token takes over the front, and on the
-same server without it.
+same server without it, and how much of a processor the front takes for it.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ class Serving:
         for line in self._process.stderr or ():
             if found := SERVES.search(line):
                 self.workers[int(found[1])] = int(found[2]), time.monotonic()
+
+    @property
+    def process(self) -> int:
+        """Its number."""
+        return self._process.pid
 
     def end(self) -> None:
         """Drain it."""
@@ -116,6 +121,20 @@ class Device:
     def longest_gap(self) -> float:
         """The most seconds between two tokens."""
         return max(after - before for before, after in zip(self.times, self.times[1:], strict=False))
+
+
+def processor_ms(process: int) -> float:
+    """Processor time that a process has used so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return 1e3 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def front_work(recordings: Recordings, fleet: Serving, sessions: int, repetitions: int) -> float:
+    """Processor milliseconds of the front for a token."""
+    before = processor_ms(fleet.process)
+    for _ in range(repetitions):
+        replay(recordings, fleet.address, sessions=sessions, security=SECURITY)
+    return (processor_ms(fleet.process) - before) / (repetitions * sessions * recordings.new_tokens)
 
 
 def kill_one(recordings: Recordings, fleet: Serving, sessions: int) -> dict[str, Any]:
@@ -180,6 +199,7 @@ def main() -> None:
         recordings = record(args.bundle / "device", alone.address, new_tokens=args.new_tokens, security=SECURITY)
         with serving("fleet", folder, "--threads", "1", "--workers", "1") as one:
             cost = front_cost(recordings, {"serve": alone.address, "fleet": one.address}, 5 * args.repetitions)
+            work = {str(count): front_work(recordings, one, count, args.repetitions) for count in (1, 16)}
     runs = []
     for _ in range(args.repetitions):
         with serving("fleet", folder, "--threads", "1", "--workers", str(args.workers)) as fleet:
@@ -205,8 +225,11 @@ def main() -> None:
         f"side by side {cost['added']:+.2f}"
     )
     print(f"load average {', '.join(f'{load:.1f}' for load in os.getloadavg())} on {os.cpu_count()} processors")
+    told = ", ".join(f"{ms:.2f} with {count}" for count, ms in work.items())
+    print(f"processor ms of the front for a token, by sessions at once: {told}")
     if args.json:
-        args.json.write_text(json.dumps({"ms_per_token": cost, "killed": runs}, indent=1) + "\n")
+        numbers = {"ms_per_token": cost, "front_processor_ms": work, "killed": runs}
+        args.json.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

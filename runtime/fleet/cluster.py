@@ -169,6 +169,7 @@ class RayWorker:
             raise
         except self._ray.exceptions.RayActorError as error:
             text = str(error).strip()
-            if error.actor_init_failed:  # Ray gives the traceback, at whose end is what was raised
-                text = text.rpartition("\nisthmus.errors.")[2].partition(": ")[2]
+            _, ours, raised = text.rpartition("\nisthmus.errors.")
+            if error.actor_init_failed and ours:  # Ray gives the traceback, at whose end is what was raised
+                text = raised.partition(": ")[2]
             raise LinkError(text) from error

@@ -109,6 +109,20 @@ def test_while_no_worker_is_left_devices_wait_for_the_next(make_fleet, open_mode
     stream.close()
 
 
+def test_a_device_that_can_go_on_alone_does(make_fleet, open_model, tiny):
+    bundle = Path(tiny.bundle(bits=8, split=2, device_layers="all"))
+    fleet = make_fleet(1, half=bundle / "server")
+    model = open_model(fleet.address, half=bundle / "device", codec="raw32")
+    expected = model.generate(PROMPT, max_new_tokens=NEW_TOKENS, sampling=SAMPLINGS["sampled"]).token_ids
+    stream = model.tokens(PROMPT, max_new_tokens=NEW_TOKENS, sampling=SAMPLINGS["sampled"])
+    tokens = [next(iter(stream)).id for _ in range(5)]
+    fleet.workers[0].crash()
+    tokens += [token.id for token in stream]
+    assert tokens == expected
+    assert stream.moves
+    stream.close()
+
+
 def test_a_device_comes_back_to_its_worker(make_fleet, open_model, make_proxy, undisturbed):
     fleet = make_fleet(3)
     proxy = make_proxy(fleet.address)
