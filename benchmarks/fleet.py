@@ -49,6 +49,7 @@ class Serving:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Linux shares processors out among sessions; Ray starts workers in their own
         )
         threading.Thread(target=self._listen, daemon=True).start()
         assert self._process.stdout is not None

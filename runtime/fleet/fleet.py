@@ -19,7 +19,7 @@ from ..wire import isthmus_pb2 as pb
 from .pins import Pin, PinTable
 from .pipeline import cut
 from .scaling import Scaler
-from .worker import WorkerOptions, WorkerProcess
+from .worker import Report, WorkerOptions, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Backend:
     """A worker that serves.
 
     Attributes:
-        kv_budget: bytes of KV caches that it may hold.
+        report: what it has said of itself last.
         max_sessions: at once.
         pins: its sessions, those that are being opened included.
         retiring: it takes no further sessions and ends with its last one.
@@ -45,14 +45,18 @@ class Backend:
 
     number: int
     process: WorkerProcess
-    address: str
     channel: grpc.aio.Channel
-    kv_budget: int
+    report: Report
     max_sessions: int
     pins: set[Pin] = field(default_factory=set)
     retiring: bool = False
     lost: bool = False
     doubted: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def kv_budget(self) -> int:
+        """Bytes of KV caches that it may hold."""
+        return self.report.kv_budget
 
     @property
     def kv_bytes(self) -> int:
@@ -267,9 +271,8 @@ class Fleet:
         backend = Backend(
             self._numbers,
             process,
-            report.address,
             self._connect(report.address),
-            report.kv_budget,
+            report,
             self.options.limits.max_sessions,
         )
         version.backends.append(backend)
@@ -283,7 +286,7 @@ class Fleet:
         while not backend.lost:
             try:
                 async with asyncio.timeout(_REPORT_TIMEOUT_S):
-                    await backend.process.report()
+                    backend.report = await backend.process.report()
             except Exception as error:  # whatever it is, the worker is of no use
                 if not backend.lost:
                     logger.warning("worker %d is lost: %s", backend.number, _first_line(error))

@@ -127,6 +127,9 @@ class Front:
                 "sessions": lambda: len(fleet.pins),
                 "sessions_carried": lambda: fleet.pins.carried,
                 "kv_bytes": lambda: sum(backend.kv_bytes for backend in fleet.backends),
+                # What the workers say themselves: sessions on their lease and those that were left behind, too.
+                "workers_sessions": lambda: sum(backend.report.sessions for backend in fleet.backends),
+                "workers_kv_bytes": lambda: sum(backend.report.kv_bytes for backend in fleet.backends),
                 "kv_budget_bytes": lambda: sum(backend.kv_budget for backend in fleet.backends),
             }
         ).serve(self._metrics_listen)

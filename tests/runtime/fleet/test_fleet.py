@@ -251,6 +251,7 @@ def test_a_fleet_tells_how_it_is(make_fleet, open_model):
     before = told()
     assert (before["workers"], before["sessions"], before["sessions_carried"]) == (2, 1, 1)
     assert 0 < before["kv_bytes"] < before["kv_budget_bytes"]
+    eventually(lambda: told()["workers_sessions"] == 1 and told()["workers_kv_bytes"] > 0)
     fleet.busy()[0].crash()
     list(stream)
     stream.close()
