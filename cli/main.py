@@ -10,7 +10,23 @@ from types import ModuleType
 
 from .._version import __version__
 from ..errors import IsthmusError
-from . import bench, certs, devices, distill, eval, export, generate, inspect, install, link, plan, pull, serve, top
+from . import (
+    bench,
+    certs,
+    devices,
+    distill,
+    eval,
+    export,
+    fleet,
+    generate,
+    inspect,
+    install,
+    link,
+    plan,
+    pull,
+    serve,
+    top,
+)
 
 COMMANDS: dict[str, ModuleType] = {
     "pull": pull,
@@ -19,6 +35,7 @@ COMMANDS: dict[str, ModuleType] = {
     "inspect": inspect,
     "install": install,
     "serve": serve,
+    "fleet": fleet,
     "certs": certs,
     "top": top,
     "generate": generate,
@@ -65,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"isthmus: error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        extras = {"eval": "eval", "distill": "distill"} | dict.fromkeys(("export", "plan"), "export")
+        extras = {"eval": "eval", "distill": "distill", "fleet": "fleet"} | dict.fromkeys(("export", "plan"), "export")
         extras |= dict.fromkeys(("certs", "serve", "top"), "server")
         if args.command not in extras or (error.name or "").startswith("isthmus"):
             raise

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..runtime.wire.security import ServerSecurity
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -15,25 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="address; port 0 picks a free one (default: %(default)s)",
     )
-    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain, with --tls-key")
-    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key, without a password")
-    parser.add_argument("--insecure", action="store_true", help="plaintext instead of TLS")
-    parser.add_argument(
-        "--client-ca", type=Path, metavar="FILE", help="only devices with a certificate of this authority may connect"
-    )
-    parser.add_argument(
-        "--revoked",
-        type=Path,
-        metavar="FILE",
-        help="that authority's list of revoked certificates, read anew when it changes",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=Path,
-        metavar="FILE",
-        help="only devices that show a token of this file may come in, see `isthmus certs token`; read anew when it "
-        "changes",
-    )
+    add_security_options(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
     parser.add_argument("--max-sessions", type=int, metavar="N", help="sessions at once (default: 64)")
     parser.add_argument(
@@ -76,6 +62,43 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_security_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what a server shows and whom it lets in, for every command that is one."""
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain, with --tls-key")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key, without a password")
+    parser.add_argument("--insecure", action="store_true", help="plaintext instead of TLS")
+    parser.add_argument(
+        "--client-ca", type=Path, metavar="FILE", help="only devices with a certificate of this authority may connect"
+    )
+    parser.add_argument(
+        "--revoked",
+        type=Path,
+        metavar="FILE",
+        help="that authority's list of revoked certificates, read anew when it changes",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=Path,
+        metavar="FILE",
+        help="only devices that show a token of this file may come in, see `isthmus certs token`; read anew when it "
+        "changes",
+    )
+
+
+def server_security(args: argparse.Namespace) -> ServerSecurity:
+    """By the options of `add_security_options`."""
+    from ..runtime.wire.security import ServerSecurity
+
+    return ServerSecurity(
+        insecure=args.insecure,
+        cert_file=args.tls_cert,
+        key_file=args.tls_key,
+        client_ca=args.client_ca,
+        revoked=args.revoked,
+        tokens=args.tokens,
+    )
+
+
 class _Drain(Exception):  # noqa: N818  (a wish, not a failure)
     """SIGTERM has come."""
 
@@ -94,19 +117,11 @@ def run(args: argparse.Namespace) -> int:
     from ..runtime.server.limits import ServerLimits
     from ..runtime.server.logs import JsonFormatter
     from ..runtime.server.server import BackServer
-    from ..runtime.wire.security import ServerSecurity
 
     if args.log_format == "json":
         for handler in logging.getLogger().handlers:
             handler.setFormatter(JsonFormatter())
-    security = ServerSecurity(
-        insecure=args.insecure,
-        cert_file=args.tls_cert,
-        key_file=args.tls_key,
-        client_ca=args.client_ca,
-        revoked=args.revoked,
-        tokens=args.tokens,
-    )
+    security = server_security(args)
     chosen = {"max_sessions": args.max_sessions, "max_batch": args.max_batch, "lease_s": args.lease}
     limits = ServerLimits(**{name: value for name, value in chosen.items() if value is not None})
     limit_mb = parse_megabytes(args.memory_limit) if args.memory_limit else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,48 @@ from ..devices.backend import default_threads
 from ..quant.codec import Codec
 from .bundle import Bundle, Manifest, open_bundle
 from .codecs import open_codec
-from .ragged import RaggedSession, RaggedStack
+from .ragged import RaggedStack
 from .sampling import Sampler, Sampling
-from .segments import Head, KVCache, LayerStack, StackSession
+from .segments import Head, KVCache, LayerStack
+
+
+class CachedSession(Protocol):
+    """One session's run through the back's layers, as `StackSession` and `RaggedSession` are."""
+
+    cache: KVCache
+
+    def forward(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Append hidden states ``[tokens, d_model]``; what comes out, likewise."""
+        ...
+
+    def append(self, rows: NDArray[Any]) -> None:
+        """Append keys and values."""
+        ...
+
+    def close(self) -> None:
+        """Free the KV cache."""
+        ...
+
+
+class BatchedStack(Protocol):
+    """Layers through which many sessions run at once, as `RaggedStack` is."""
+
+    @property
+    def onnxruntime_seconds(self) -> float:
+        """Time spent in onnxruntime so far."""
+        ...
+
+    def session(self, capacity: int) -> CachedSession:
+        """A session of at most ``capacity`` positions."""
+        ...
+
+    def forward(self, parts: Sequence[tuple[KVCache, NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
+        """See `RaggedStack.forward`."""
+        ...
+
+    def kv_bytes(self, capacity: int) -> int:
+        """Bytes of KV cache that a session of that capacity comes to."""
+        ...
 
 
 class BackEngine:
@@ -26,15 +65,26 @@ class BackEngine:
         threads: of onnxruntime.
         together: most sessions at once of a server, which can then advance together; 0 where there is one.
         capacity: most positions of each of these.
+        stack: the opened layers, where they are not those of the bundle in this process.
     """
 
-    def __init__(self, bundle: Bundle, threads: int, *, together: int = 0, capacity: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int,
+        *,
+        together: int = 0,
+        capacity: int = 0,
+        stack: BatchedStack | None = None,
+    ) -> None:
         self._bundle = bundle
         self._codecs: dict[str, Codec] = {}
         self.manifest: Manifest = bundle.manifest
         self.manifest_sha256 = bundle.manifest_sha256
-        self._stack: LayerStack | RaggedStack
-        if together:
+        self._stack: LayerStack | BatchedStack
+        if stack is not None:
+            self._stack = stack
+        elif together:
             self._stack = RaggedStack(bundle, threads, capacity=capacity, slots=together)
         else:
             self._stack = LayerStack(bundle, threads)
@@ -66,7 +116,7 @@ class BackEngine:
             parts: each session once at most, its hidden states ``[tokens, d_model]``, and the number of the last rows
                 whose tokens will be asked for.
         """
-        if not isinstance(self._stack, RaggedStack):
+        if isinstance(self._stack, LayerStack):
             for session, hidden, _ in parts:
                 session.advance(hidden)
             return
@@ -96,7 +146,7 @@ class BackEngine:
 class BackSession:
     """One generation's state behind the split."""
 
-    def __init__(self, stack: StackSession | RaggedSession, head: Head, sampler: Sampler) -> None:
+    def __init__(self, stack: CachedSession, head: Head, sampler: Sampler) -> None:
         self._stack = stack
         self._head = head
         self._sampler = sampler
@@ -132,7 +182,7 @@ class BackSession:
 
     def append_rows(self, rows: NDArray[Any]) -> None:
         """Append keys and values that the same layers computed elsewhere, as `rows` gives them."""
-        self._stack.cache.append(rows)
+        self._stack.append(rows)
 
     def truncate(self, length: int) -> None:
         """Roll back to ``length`` positions, and to the tokens that were sampled up to there."""

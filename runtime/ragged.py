@@ -205,6 +205,10 @@ class RaggedSession:
         """Advance alone, see `RaggedStack.forward`."""
         return self._stack.forward([(self.cache, hidden)])[0].copy()
 
+    def append(self, rows: NDArray[Any]) -> None:
+        """Append keys and values, see `isthmus.runtime.segments.KVCache.append`."""
+        self.cache.append(rows)
+
     def close(self) -> None:
         """Give the slot back; the session is of no use afterwards."""
         self._stack.pool.give_back(self.cache)

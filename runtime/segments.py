@@ -252,6 +252,10 @@ class StackSession:
         cache.length += tokens
         return lane.hidden_out[0]
 
+    def append(self, rows: NDArray[Any]) -> None:
+        """Append keys and values, see `KVCache.append`."""
+        self.cache.append(rows)
+
     def close(self) -> None:
         """Free the KV cache; the session is of no use afterwards."""
         self._lanes.clear()

@@ -222,6 +222,10 @@ class RemoteSession:
             return None
         if result.step > self.last_step:
             raise ProtocolError("BAD_REQUEST", f"{self.address} answered step {result.step}, which was never sent")
+        if result.step > self.acknowledged + 1 and self.minor >= DRAFT_MINOR:
+            # Answers come in order: those between were lost, and the server has kept them.
+            self._restore(LinkError(f"{self.address}: the answer to step {self.acknowledged + 1} was lost"))
+            return None
         while self.unacknowledged and self.unacknowledged[0][0] <= result.step:
             self.unacknowledged.popleft()
         self.acknowledged = result.step

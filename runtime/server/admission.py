@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
+NOT_ACCEPTED = "this device's certificate or token is not accepted; ask for a new one"
 ANYONE = ""  # the identity of all peers where none is asked for
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...errors import RequestError
+from ..wire import isthmus_pb2 as pb
 from ..wire.transport import MAX_MESSAGE_BYTES
 
 
@@ -48,3 +49,12 @@ class ServerLimits:
                 f"max_frame_bytes={self.max_frame_bytes}: must stay 1024 below {MAX_MESSAGE_BYTES}, "
                 "the largest message that gRPC carries here"
             )
+
+    def granted(self, max_length: int) -> pb.Limits:
+        """What a client is told of them, on a bundle of this ``max_length``."""
+        return pb.Limits(
+            max_frame_bytes=self.max_frame_bytes,
+            max_frame_tokens=self.max_frame_tokens,
+            max_session_tokens=min(self.max_session_tokens, max_length),
+            lease_ms=round(1000 * self.lease_s),
+        )

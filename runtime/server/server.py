@@ -151,6 +151,11 @@ class BackServer:
         """Number of sessions, those on their lease included."""
         return len(self._table) if self._table is not None else 0
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV cache that are reserved."""
+        return self._table.kv_bytes if self._table is not None else 0
+
     def start(self) -> str:
         """Listen, and return the address; the server then runs until `stop`.
 

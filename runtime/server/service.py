@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from ..._version import __version__
 from ...errors import CodecError
 from ...quant.codec import CODECS, Codec
 from ..wire import isthmus_pb2 as pb
-from ..wire.framing import PROTOCOL_MAJOR, PROTOCOL_MINOR, Refusal, Seals, check_hello, parse_client_message, seal
+from ..wire.framing import Refusal, Seals, check_hello, parse_client_message, seal, welcome_message
 from ..wire.transport import PIPELINE_DEPTH, SERVICE, SESSION_METHOD
-from .admission import ANYONE, Admission
+from .admission import ANYONE, NOT_ACCEPTED, Admission
 from .audit import AuditLog
 from .compute import ComputeEngine
 from .compute_thread import ComputeThread
@@ -25,8 +24,6 @@ if TYPE_CHECKING:  # prometheus_client loads only where metrics are asked for
     from .metrics import Metrics
 
 logger = logging.getLogger(__name__)
-
-_NOT_ACCEPTED = "this device's certificate or token is not accepted; ask for a new one"
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -65,7 +62,7 @@ class SessionService:
             if self._audit is not None:
                 self._audit.record("turned away", peer=context.peer(), reason="certificate or token")
             logger.warning("%s: refused, its certificate is revoked or its token nobody's", context.peer())
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, _NOT_ACCEPTED)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, NOT_ACCEPTED)
         stream = _Stream(
             self._engine, self._table, self._compute, self._limits, context, owner or ANYONE, self._metrics, self._audit
         )
@@ -135,7 +132,7 @@ class _Stream:
                 self._note("expelled")
                 if self._session is not None:
                     await self._free(self._session)
-                await self._context.abort(grpc.StatusCode.UNAUTHENTICATED, _NOT_ACCEPTED)
+                await self._context.abort(grpc.StatusCode.UNAUTHENTICATED, NOT_ACCEPTED)
             if not self._evicted:
                 raise
             await self._write(Refusal("CANCELLED", "another stream attached to the session").fault)
@@ -202,19 +199,7 @@ class _Stream:
             self._codec = self._engine.codec(message.hello.codec)
         except CodecError as error:
             raise Refusal("UNSUPPORTED_CODEC", str(error)) from error
-        limits = pb.Limits(
-            max_frame_bytes=self._limits.max_frame_bytes,
-            max_frame_tokens=self._limits.max_frame_tokens,
-            max_session_tokens=self._table.max_session_tokens,
-            lease_ms=round(1000 * self._limits.lease_s),
-        )
-        welcome = pb.Welcome(
-            protocol_major=PROTOCOL_MAJOR,
-            protocol_minor=min(PROTOCOL_MINOR, message.hello.protocol_minor),
-            server=f"isthmus {__version__}",
-            limits=limits,
-        )
-        await self._write(pb.ServerMessage(welcome=welcome))
+        await self._send(welcome_message(message.hello, self._limits.granted(manifest.max_length)))
         return True
 
     async def _read(self) -> None:
@@ -278,9 +263,10 @@ class _Stream:
             if self._metrics is not None:
                 self._metrics.received(self._codec.name, message.step)
             await self._write(await self._step(message.step))
-        elif kind == "open" and self._session is not None and message.open == self._opening:
-            await self._write(pb.ServerMessage(opened=pb.Opened(session=self._session.id)))  # it came twice
         elif self._session is not None:
+            if kind == "open" and message.open == self._opening and not self._session.last_step:
+                await self._write(pb.ServerMessage(opened=pb.Opened(session=self._session.id)))  # it came twice
+                return
             raise Refusal("BAD_REQUEST", f"{kind} on a stream that carries a session; close that first")
         elif kind == "open":
             self._table.check_draining(new=True)
@@ -326,5 +312,7 @@ class _Stream:
     async def _write(self, message: pb.ServerMessage) -> None:
         if self._metrics is not None:
             self._metrics.sent(message)
-        data = message.SerializeToString()
+        await self._send(message.SerializeToString())
+
+    async def _send(self, data: bytes) -> None:
         await self._context.write(seal(data) if self._seals.used else data)

@@ -123,6 +123,36 @@ def hello_message(manifest_sha256: str, split: int, codec: str) -> bytes:
     return pb.ClientMessage(hello=hello).SerializeToString()
 
 
+def welcome_message(hello: pb.Hello, limits: pb.Limits) -> bytes:
+    """The answer to a `Hello` that `check_hello` has let pass."""
+    welcome = pb.Welcome(
+        protocol_major=PROTOCOL_MAJOR,
+        protocol_minor=min(PROTOCOL_MINOR, hello.protocol_minor),
+        server=f"isthmus {__version__}",
+        limits=limits,
+    )
+    return pb.ServerMessage(welcome=welcome).SerializeToString()
+
+
+def message_field(data: bytes) -> int:
+    """Which body a `ClientMessage` or `ServerMessage` has, without parsing it.
+
+    Args:
+        data: without its seal, see `Seals.open`.
+
+    Returns:
+        The number of its field, or 0 unless the message is that field alone, as every peer of this protocol writes it.
+    """
+    if not data or data[0] & 0x87 != 2:  # one byte: field number, and "length-delimited"
+        return 0
+    length = 0
+    for at, byte in enumerate(data[1:6]):
+        length |= (byte & 0x7F) << (7 * at)
+        if byte < 0x80:
+            return data[0] >> 3 if len(data) == at + 2 + length else 0
+    return 0
+
+
 def check_hello(hello: pb.Hello, *, manifest_sha256: str, split: int, codecs: Sequence[str]) -> None:
     """Raise `Refusal`, which names both sides' values, unless the peers fit each other."""
     if hello.protocol_major != PROTOCOL_MAJOR:

@@ -142,7 +142,7 @@ def test_a_draft_length_out_of_range_is_refused(folder, address, length):
 
 
 def test_a_server_that_does_not_verify_gets_no_drafts(folder, monkeypatch, caplog):
-    monkeypatch.setattr("isthmus.runtime.server.service.PROTOCOL_MINOR", framing.DRAFT_MINOR - 1)
+    monkeypatch.setattr("isthmus.runtime.wire.framing.PROTOCOL_MINOR", framing.DRAFT_MINOR - 1)
     with BackServer.from_bundle(folder / "server", threads=1, security=ServerSecurity(insecure=True)) as server:
         model = open_model(folder, server.address)
         result = model.generate(PROMPT, max_new_tokens=20)

@@ -358,7 +358,7 @@ def test_an_older_server_gets_hidden_states_and_no_keys_and_values(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("isthmus.runtime.server.service.PROTOCOL_MINOR", 0)
+    monkeypatch.setattr("isthmus.runtime.wire.framing.PROTOCOL_MINOR", 0)
     refused = run(device(folder, server.address), at=len(PROMPT) + 3, send="kv")
     assert "speaks protocol 1.0: keys and values need 1.1" in caplog.text
     assert server.sessions == 0

@@ -11,6 +11,7 @@ from isthmus.runtime.wire.framing import (
     Refusal,
     crc_matches,
     fault_error,
+    message_field,
     open_message,
     parse_client_message,
     parse_server_message,
@@ -67,6 +68,32 @@ def test_garbage_is_parsed_or_refused_and_nothing_else(data):
         assert parse_server_message(data).WhichOneof("body") is not None
     except ProtocolError as error:
         assert error.code == "BAD_REQUEST"
+
+
+FIELDS = pb.ClientMessage.DESCRIPTOR.fields_by_name
+
+
+@given(st.binary(max_size=300), st.integers(0, 2**63))
+def test_a_message_tells_its_kind_without_being_parsed(payload, number):
+    for data in (step_message(number, 3, 1, True, payload), open_message(5, Sampling(), list(payload))):
+        kind = parse_client_message(data).WhichOneof("body")
+        assert kind is not None
+        assert message_field(data) == FIELDS[kind].number
+
+
+@given(st.binary(max_size=60))
+def test_what_tells_its_kind_is_of_that_kind_alone(data):
+    """Otherwise one could be taken for the other by whoever parses it."""
+    step = step_message(1, 0, 1, True, b"x")
+    for candidate in (data, step + data, data + step, step[:-1] + data):
+        field = message_field(candidate)
+        if field in range(1, 7):
+            try:
+                body = parse_client_message(candidate).WhichOneof("body")
+            except Refusal:
+                continue
+            assert body is not None
+            assert FIELDS[body].number == field
 
 
 def test_sampling_crosses_without_rounding():

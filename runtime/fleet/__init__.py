@@ -1,0 +1,1 @@
+"""The fleet: several servers behind one address."""
