@@ -132,7 +132,8 @@ def _bench_prompts(args: argparse.Namespace, new_tokens: list[int]) -> int:
             model, prompts, max_new_tokens=new_tokens[0], vs_undrafted=args.vs_undrafted, progress=progress
         )
     print(json.dumps(report.to_dict()) if args.json else _prompt_table(report))
-    return 0 if report.identical is not False else 1
+    same = report.identical is not False or args.exit_agreement is not None  # which exits do not promise
+    return 0 if same else 1
 
 
 def _prompt_table(report: PromptReport) -> str:
@@ -147,6 +148,8 @@ def _prompt_table(report: PromptReport) -> str:
         ["drafts accepted", f"{summary['accepted']} of {summary['drafted']}"],
         ["right by place", ", ".join(places) or "none drafted"],
     ]
+    if summary["exited"]:
+        rows.append(["tokens exited", f"{summary['exited']} of {sum(run.new_tokens for run in report.runs)}"])
     if report.identical is not None:
         rows += [
             ["undrafted tokens/s, median", _number(report.undrafted_tokens_per_s)],
