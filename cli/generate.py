@@ -79,9 +79,9 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
         "--exit-agreement",
         type=float,
         metavar="P",
-        help="early exit: where the trained draft is sure enough, take its token without asking the server. The text is "
-        "no longer exactly the full model's: at least this share of the exited tokens, as in 0.95, is what the full "
-        "model would have chosen, on text like the calibration's; greedy and undrafted",
+        help="early exit: where the trained draft is sure enough, take its token and do not ask the server. The text "
+        "is no longer exactly the full model's: at least this share of its tokens, as in 0.95, is what the full model "
+        "would have chosen after the same ones, on text like the calibration's; greedy and undrafted",
     )
 
 

@@ -118,7 +118,7 @@ def read_draft_record(text: bytes) -> DraftRecord:
             "source": Source(**data["source"]),
             "segments": tuple(map(read_segment, data["segments"])),
             "files": tuple(FileEntry(**entry) for entry in data["files"]),
-            "exits": _read_exits(data.get("exits")),
+            "exits": None if data.get("exits") is None else ExitCurve.from_dict(data["exits"]),
         }
     )
 
@@ -141,10 +141,3 @@ def write_exits(bundle: Bundle, exits: ExitCurve) -> DraftRecord:
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror or error}; free space or change its permissions") from error
     return record
-
-
-def _read_exits(data: dict[str, Any] | None) -> ExitCurve | None:
-    if data is None:
-        return None
-    counts = {name: tuple(map(int, data[name])) for name in ("tokens", "agreed")}
-    return ExitCurve(tuple(map(float, data["thresholds"])), **counts, text=str(data["text"]))

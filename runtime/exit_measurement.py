@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..devices.backend import default_threads
 from ..errors import BundleError
-from .bundle import Bundle
-from .chain import HEAD_ROWS, PREFILL_CHUNK, Chain, chunks
-from .draft_bundle import open_draft
+from .bundle import Bundle, open_bundle
+from .chain import HEAD_ROWS, Chain, chunks
+from .draft_bundle import open_draft, write_exits
+from .edge.generate import PREFILL_CHUNK
+from .exits import ExitCurve
 from .segments import Head, LayerStack
 
 Progress = Callable[[str, int, int], None]  # what, done, in all
@@ -83,6 +87,27 @@ def measure_exits(
         results.append(Measured(*(np.concatenate(each) for each in zip(*parts, strict=True))) if parts else _NONE)
         progress("measuring exits", number + 1, len(texts))
     return results
+
+
+def calibrate_exits(
+    out: str | Path, texts: Sequence[ExitText], text: str, *, progress: Progress = lambda what, done, total: None
+) -> ExitCurve:
+    """Measure the exits of ``out/device/draft`` with ``out/server``, and put the curve into the draft's record.
+
+    Args:
+        out: what an export wrote.
+        texts: that the draft was not trained on.
+        text: what they are, for people.
+        progress: see `measure_exits`.
+
+    Raises:
+        BundleError: a half or the draft is missing, or the record cannot be written.
+    """
+    device, server = open_bundle(Path(out) / "device", "device"), open_bundle(Path(out) / "server", "server")
+    measured = measure_exits(device, server, texts, threads=default_threads(), progress=progress)
+    curve = ExitCurve.of(measured, text)
+    write_exits(device, curve)
+    return curve
 
 
 _NONE = Measured(np.zeros(0, np.float32), np.zeros(0, np.bool_))

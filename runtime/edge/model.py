@@ -103,9 +103,9 @@ class EdgeModel:
                 else ``replay``. No text depends on it, but for rounding in the codec where the device goes on with its
                 copy; the draft alone writes a worse one.
             exit_agreement: the device takes the trained draft's token without asking the server where the draft is so
-                sure that at least this share of such tokens is the full model's, by a calibration whose risk is
-                `isthmus.runtime.exits.RISK`. The text is no longer exactly the full model's. Greedy, undrafted
-                generations only.
+                sure that at least this share of all tokens is what the full model would have chosen after the same
+                ones, by a calibration whose risk is `isthmus.runtime.exits.RISK`. The text is no longer exactly the
+                full model's. Greedy, undrafted generations only.
 
         Raises:
             BundleError: the folder is no intact device half.
@@ -454,14 +454,16 @@ class EdgeModel:
         if reason is not None:
             raise RequestError(f"exit agreement {agreement:g}: {reason}; leave one of them out")
         if draft is None or draft.record.exits is None:
-            missing = "trained draft; run `isthmus distill`" if draft is None else (
-                "calibration of its draft; run `isthmus distill --exits-only`"
+            missing = (
+                "trained draft; run `isthmus distill`"
+                if draft is None
+                else ("calibration of its draft; run `isthmus distill --exits-only`")
             )
             raise RequestError(f"exit agreement {agreement:g}: {bundle.folder} holds no {missing}")
         threshold = draft.record.exits.threshold(agreement)
         if threshold is None:
             raise RequestError(
-                f"exit agreement {agreement:g}: this draft is never so sure, measured on "
+                f"exit agreement {agreement:g}: this draft cannot promise that, measured on "
                 f"{sum(draft.record.exits.tokens)} tokens; promise less, or measure on more text"
             )
         return threshold

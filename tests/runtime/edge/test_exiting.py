@@ -37,7 +37,7 @@ def sure_from(threshold: float) -> ExitCurve:
     """A curve whose promise of 0.9 holds from a confidence on."""
     if not threshold:
         return ExitCurve((0.0,), (1000,), (1000,))
-    return ExitCurve((0.0, threshold), (100_000, 1000), (0, 1000))
+    return ExitCurve((0.0, threshold), (1000, 1000), (0, 1000))
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_one_generation_can_leave_exits_out(calibrated, repeating_address, plain
     ("options", "named"),
     [
         ({"exit_agreement": 1.0}, "between 0 and 1"),
-        ({"exit_agreement": 0.9999}, "never so sure"),
+        ({"exit_agreement": 0.9999}, "cannot promise"),
         ({"draft": "chain"}, "nothing is drafted"),
         ({"deadline_ms": 50, "codec": "tabq"}, "a deadline"),
         ({"exit_agreement": None, "on_server_loss": "local"}, "to go on with"),
@@ -216,9 +216,7 @@ def test_measured_confidence_is_what_a_generation_sees(repeating, plain):
     ids = [*range(1, 9), *plain]
     progress: list[tuple[str, int, int]] = []
     texts = [ExitText(ids, np.arange(len(ids)) >= 8), ExitText(ids[:20], np.zeros(20, np.bool_))]
-    measured, nothing = measure_exits(
-        device, server, texts, threads=1, progress=lambda *told: progress.append(told)
-    )
+    measured, nothing = measure_exits(device, server, texts, threads=1, progress=lambda *told: progress.append(told))
     assert measured.agreed.all()
     assert len(measured.confidence) == len(plain)
     assert len(nothing.agreed) == 0
