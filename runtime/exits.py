@@ -67,8 +67,8 @@ class ExitCurve:
         wrong = (tokens - right)[:, ::-1].cumsum(axis=1)  # of the tokens from each threshold on, the highest first
         lengths = tokens.sum(axis=1)
         effect = max([1.0, *(_design_effect(each, lengths) for each in wrong.T if each.sum() >= _FEW)])
-        counted, agreed = (tuple(map(int, counts.sum(axis=0))) for counts in (tokens, right))
-        return cls(THRESHOLDS, counted, agreed, effect, text)
+        counted, confirmed = (tuple(map(int, counts.sum(axis=0))) for counts in (tokens, right))
+        return cls(THRESHOLDS, counted, confirmed, effect, text)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ExitCurve:
