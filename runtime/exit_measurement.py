@@ -92,7 +92,7 @@ def measure_exits(
 def calibrate_exits(
     out: str | Path, texts: Sequence[ExitText], text: str, *, progress: Progress = lambda what, done, total: None
 ) -> ExitCurve:
-    """Measure the exits of ``out/device/draft`` with ``out/server``, and put the curve into the draft's record.
+    """Measure the exits of ``out/device/draft`` against ``out/server``, and put the curve into the draft's record.
 
     Args:
         out: what an export wrote.
@@ -103,7 +103,8 @@ def calibrate_exits(
     Raises:
         BundleError: a half or the draft is missing, or the record cannot be written.
     """
-    device, server = open_bundle(Path(out) / "device", "device"), open_bundle(Path(out) / "server", "server")
+    device = open_bundle(out, "device")
+    server = open_bundle(device.folder.parent / "server", "server")
     measured = measure_exits(device, server, texts, threads=default_threads(), progress=progress)
     curve = ExitCurve.of(measured, text)
     write_exits(device, curve)
