@@ -139,7 +139,8 @@ def _bench_prompts(args: argparse.Namespace, new_tokens: list[int]) -> int:
             progress=progress,
         )
     print(json.dumps(report.to_dict()) if args.json else _prompt_table(report))
-    return 0 if report.identical is not False or sampling.accept_distance else 1
+    promised = not sampling.accept_distance and args.exit_agreement is None
+    return 0 if report.identical is not False or not promised else 1
 
 
 def _prompt_table(report: PromptReport) -> str:
@@ -154,6 +155,8 @@ def _prompt_table(report: PromptReport) -> str:
         ["drafts accepted", f"{summary['accepted']} of {summary['drafted']}"],
         ["right by place", ", ".join(places) or "none drafted"],
     ]
+    if summary["exited"]:
+        rows.append(["tokens exited", f"{summary['exited']} of {sum(run.new_tokens for run in report.runs)}"])
     if report.identical is not None:
         rows += [
             ["undrafted tokens/s, median", _number(report.undrafted_tokens_per_s)],

@@ -35,8 +35,8 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         "--on-server-loss",
         choices=("wait", "replay", "local", "fail"),
         help="replay: make the session again, there or at the next address, with the same text; wait: the same with "
-        "more patience; local: go on with the device's own copy of all layers; fail: give up (default: local with "
-        "such a copy, else replay)",
+        "more patience; local: go on with the device's own copy of all layers, or with --exit-agreement with its "
+        "draft; fail: give up (default: local with such a copy, else replay)",
     )
     trust = parser.add_mutually_exclusive_group()
     trust.add_argument("--tls-ca", metavar="FILE", help="certificate (authority) to trust instead of the system's")
@@ -83,6 +83,14 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="guess on while the answer is on its way (default)",
+    )
+    parser.add_argument(
+        "--exit-agreement",
+        type=float,
+        metavar="P",
+        help="early exit: where the trained draft is sure enough, take its token and do not ask the server. The text "
+        "is no longer exactly the full model's: at least this share of its tokens, as in 0.95, is what the full model "
+        "would have chosen after the same ones, on text like the calibration's; greedy and undrafted",
     )
     parser.add_argument(
         "--accept",
@@ -155,6 +163,7 @@ def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> Ed
         draft_length=args.draft_length,
         overlap=args.overlap,
         on_server_loss=args.on_server_loss,
+        exit_agreement=args.exit_agreement,
     )
 
 
@@ -267,6 +276,8 @@ def _regenerate(args: argparse.Namespace) -> int:
     from ..errors import RequestError
     from ..runtime.edge.counterfactual import read_run, regenerate
 
+    if args.exit_agreement is not None:
+        raise RequestError("--exit-agreement with --noise-of: a run is repeated by the full model; leave exits out")
     replace: dict[int, int] = {}
     for text in args.replace:
         position, _, token = text.partition("=")
@@ -346,6 +357,8 @@ def _summary(result: Generation) -> str:
                 f", {result.tokens_per_round_trip:.1f} tokens each: {result.drafts.accepted} of "
                 f"{result.drafts.drafted} drafts accepted"
             )
+        if result.exited:
+            line += f"; {result.exited} tokens exited, {result.mean_layers:.1f} layers a token"
     if result.deadline_ms is not None:
         levels = Counter(token.level for token in result.tokens)
         shares = ", ".join(f"{count} at level {level}" for level, count in sorted(levels.items()))

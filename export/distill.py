@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ..errors import ExportError
-from ..runtime.bundle import Manifest, open_bundle
+from ..runtime.bundle import Bundle, Manifest, open_bundle
 from ..runtime.draft_bundle import DraftRecord
 from .calibration import document_start, render_chat, self_written_windows
 from .checkpoint import Checkpoint, TokenizerFiles, open_checkpoint
@@ -42,6 +42,7 @@ D_FF_SHARE = 2 / 3  # of the model's own: with the default vocabulary a guess th
 LEAST_GROUPS = 2
 PASSAGES = 64
 OWN_PROMPTS = 0.75  # of all prompts, those that the model writes; the others come from the templates
+_EXIT_GROUP = 1 << 20  # no training has so many
 
 _PROMPT, _ANSWER = "\u2021prompt\u2021", "\u2021answer\u2021"  # stand for themselves in a rendered template
 
@@ -85,10 +86,8 @@ def distill(
     """
     import torch  # noqa: F401  (not first after an hour of conversations)
 
-    bundle = open_bundle(out, "device")
+    bundle = _split_bundle(out)
     manifest = bundle.manifest
-    if not 0 < manifest.split < manifest.architecture.layers:
-        raise ExportError(f"{out}: nothing to draft for, its split is {manifest.split}; export with one in between")
     if not 0 < minutes < 100_000:
         raise ExportError(f"minutes={minutes}: must be above 0")
     if groups < LEAST_GROUPS:
@@ -98,11 +97,7 @@ def distill(
             f"vocabulary={vocabulary}: must lie between 16 and the model's {manifest.architecture.vocab_size}"
         )
     cache_folder = Path(cache) if cache else None
-    checkpoint = open_checkpoint(
-        resolve_model(model or manifest.source.name, cache=cache_folder, offline=offline, progress=progress)
-    )
-    if checkpoint.file_hashes() != manifest.source.files:
-        raise ExportError(f"{checkpoint.name}: not the model that {out} was exported from, {manifest.source.name}")
+    checkpoint = _checkpoint_of(bundle, model, cache_folder, offline, progress)
     family = family_of(checkpoint.config)
     folder = Path(work) if work else bundle.folder.parent / "distill"
     _begin(folder, resume, {"manifest": bundle.manifest_sha256, "prompts": str(prompts or ""), "seed": seed})
@@ -123,6 +118,70 @@ def distill(
         "tokens": int(sum(text.written.sum() for text in texts[1:])),
     }
     return write_draft(bundle.folder, manifest, state.best, ids, training)
+
+
+def exit_conversations(
+    out: str | Path,
+    *,
+    model: str | None = None,
+    prompts: str | Path | None = None,
+    seed: int = 0,
+    work: str | Path | None = None,
+    cache: str | Path | None = None,
+    offline: bool = False,
+    progress: Progress = silent,
+) -> Conversations:
+    """Conversations to measure a draft's exits on: a group of its own, that no training sees.
+
+    Args:
+        out: see `distill`, as for the rest; what exits promise is for text like that of these prompts.
+        model: see `distill`.
+        prompts: see `distill`.
+        seed: see `distill`.
+        work: see `distill`; they are kept there.
+        cache: see `distill`.
+        offline: see `distill`.
+        progress: see `distill`.
+
+    Raises:
+        ExportError: see `distill`.
+        BundleError: see `distill`.
+        ModelError: see `distill`.
+    """
+    bundle = _split_bundle(out)
+    given = None if prompts is None else read_prompts(Path(prompts))
+    cache_folder = Path(cache) if cache else None
+    checkpoint = _checkpoint_of(bundle, model, cache_folder, offline, progress)
+    folder = Path(work) if work else bundle.folder.parent / "distill"
+    path = folder / "exits.npz"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"{folder}: {error.strerror or error}; choose another work folder") from error
+    path.unlink(missing_ok=True)
+    family = family_of(checkpoint.config)
+    group = {_EXIT_GROUP: path}
+    _write_groups(group, checkpoint, family, bundle.manifest, given, seed, cache_folder, progress)
+    return Conversations.load(path)
+
+
+def _split_bundle(out: str | Path) -> Bundle:
+    bundle = open_bundle(out, "device")
+    split = bundle.manifest.split
+    if not 0 < split < bundle.manifest.architecture.layers:
+        raise ExportError(f"{out}: nothing to draft for, its split is {split}; export with one in between")
+    return bundle
+
+
+def _checkpoint_of(
+    bundle: Bundle, model: str | None, cache: Path | None, offline: bool, progress: Progress
+) -> Checkpoint:
+    """The checkpoint that a bundle was exported from."""
+    source = bundle.manifest.source
+    checkpoint = open_checkpoint(resolve_model(model or source.name, cache=cache, offline=offline, progress=progress))
+    if checkpoint.file_hashes() != source.files:
+        raise ExportError(f"{checkpoint.name}: not the model that {bundle.folder} was exported from, {source.name}")
+    return checkpoint
 
 
 def chat_format(tokenizer: TokenizerFiles) -> ChatFormat:
@@ -175,26 +234,41 @@ def _conversations(
     progress: Progress,
 ) -> list[Conversations]:
     """Groups of conversations, those that are there already read and the others written."""
-    paths = [folder / f"conversations-{group:03d}.npz" for group in range(groups)]
-    if not all(path.exists() for path in paths):
-        tokenizer = checkpoint.tokenizer()
-        backend, chat = Tokenizer.from_str(tokenizer.tokenizer_json), chat_format(tokenizer)
-        windows = self_written_windows(checkpoint, family, manifest.architecture, cache=cache, progress=progress)
-        with tempfile.TemporaryDirectory() as graphs:
-            writer = Writer(Path(graphs), checkpoint, family, manifest)
-            for group, path in enumerate(paths):
-                if path.exists():
-                    continue
-                rng = np.random.default_rng([seed, group])
-                texts = given_prompts(given, rng) if given else default_prompts(_passages(windows, backend, rng), rng)
-                encoded = (backend.encode(text, add_special_tokens=False).ids for text in texts)
-                fitting = (ids for ids in encoded if len(ids) < WINDOW // 2)
+    paths = {group: folder / f"conversations-{group:03d}.npz" for group in range(groups)}
+    _write_groups(paths, checkpoint, family, manifest, given, seed, cache, progress)
+    return [Conversations.load(path) for path in paths.values()]
 
-                def told(what: str, done: int, total: int, group: int = group) -> None:
-                    progress(what, group * total + done, groups * total)
 
-                writer.write(chat, fitting if given else with_own_prompts(fitting, rng), rng, told).save(path)
-    return [Conversations.load(path) for path in paths]
+def _write_groups(
+    paths: Mapping[int, Path],
+    checkpoint: Checkpoint,
+    family: ModuleType,
+    manifest: Manifest,
+    given: Sequence[str] | None,
+    seed: int,
+    cache: Path | None,
+    progress: Progress,
+) -> None:
+    """Write those groups of conversations that are not there; a group's number makes it another one."""
+    if all(path.exists() for path in paths.values()):
+        return
+    tokenizer = checkpoint.tokenizer()
+    backend, chat = Tokenizer.from_str(tokenizer.tokenizer_json), chat_format(tokenizer)
+    windows = self_written_windows(checkpoint, family, manifest.architecture, cache=cache, progress=progress)
+    with tempfile.TemporaryDirectory() as graphs:
+        writer = Writer(Path(graphs), checkpoint, family, manifest)
+        for number, (group, path) in enumerate(paths.items()):
+            if path.exists():
+                continue
+            rng = np.random.default_rng([seed, group])
+            texts = given_prompts(given, rng) if given else default_prompts(_passages(windows, backend, rng), rng)
+            encoded = (backend.encode(text, add_special_tokens=False).ids for text in texts)
+            fitting = (ids for ids in encoded if len(ids) < WINDOW // 2)
+
+            def told(what: str, done: int, total: int, number: int = number) -> None:
+                progress(what, number * total + done, len(paths) * total)
+
+            writer.write(chat, fitting if given else with_own_prompts(fitting, rng), rng, told).save(path)
 
 
 def given_prompts(prompts: Sequence[str], rng: np.random.Generator) -> Iterator[str]:

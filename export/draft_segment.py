@@ -17,6 +17,7 @@ from ..errors import ExportError
 from ..quant.opsc import Precision
 from ..runtime.bundle import FileEntry, KVSpec, Manifest, Segment
 from ..runtime.draft_bundle import DRAFT_FOLDER, DRAFT_RECORD, DRAFT_SCHEMA, VOCABULARY, DraftRecord
+from ..runtime.exits import ExitCurve
 from .decoder import SegmentBuilder, block_names, build_block, build_head
 from .families.common import LayerTensors
 from .graph import GraphWriter
@@ -49,6 +50,7 @@ def write_draft(
     weights: Mapping[str, Floats],
     vocabulary: NDArray[np.int64],
     training: dict[str, Any],
+    exits: ExitCurve | None = None,
     *,
     bits: int | None = None,
 ) -> DraftRecord:
@@ -60,12 +62,13 @@ def write_draft(
         weights: of a `isthmus.export.draft_model.DraftModel`.
         vocabulary: rising, the id of each row of ``head``.
         training: for the record.
+        exits: for the record, if it was measured.
         bits: of all weights; by default as `LAYER` and `HEAD` say.
 
     Raises:
         ExportError: the folder cannot be written; what was there stays.
     """
-    return _staged(device / DRAFT_FOLDER, partial(_write, manifest, weights, vocabulary, training, bits))
+    return _staged(device / DRAFT_FOLDER, partial(_write, manifest, weights, vocabulary, training, exits, bits))
 
 
 def _write(
@@ -73,6 +76,7 @@ def _write(
     weights: Mapping[str, Floats],
     vocabulary: NDArray[np.int64],
     training: dict[str, Any],
+    exits: ExitCurve | None,
     bits: int | None,
     folder: Path,
 ) -> DraftRecord:
@@ -121,6 +125,7 @@ def _write(
         vocabulary=len(vocabulary),
         files=tuple(FileEntry.of(path) for path in sorted(folder.iterdir())),
         training=training,
+        exits=exits,
     )
     (folder / DRAFT_RECORD).write_text(record.to_json(), encoding="utf-8")
     return record

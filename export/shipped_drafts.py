@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..quant.grids import quantize
 from ..quant.nbits import PackedWeight, dequantize
+from ..runtime.exits import ExitCurve
 
 Floats = NDArray[np.float32]
 
@@ -31,6 +32,7 @@ class StoredDraft(NamedTuple):
     weights: dict[str, Floats]
     vocabulary: NDArray[np.int64]
     training: dict[str, Any]
+    exits: ExitCurve | None = None
 
 
 def shipped_draft(files: Mapping[str, str], split: int) -> StoredDraft | None:
@@ -38,7 +40,11 @@ def shipped_draft(files: Mapping[str, str], split: int) -> StoredDraft | None:
     if len(files) != 1:
         return None
     name = _SHIPPED.get((next(iter(files.values())), split))
-    return None if name is None else load_draft(_FOLDER / name)
+    if name is None:
+        return None
+    # Beside the weights, so that it can be measured again without them.
+    exits = json.loads((_FOLDER / name).with_suffix(".exits.json").read_text(encoding="utf-8"))
+    return load_draft(_FOLDER / name)._replace(exits=ExitCurve.from_dict(exits))
 
 
 def save_draft(path: Path, draft: StoredDraft) -> None:

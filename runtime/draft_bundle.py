@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import BundleError
 from .bundle import Bundle, FileEntry, KVSpec, Segment, Source, check_file, read_segment
+from .exits import ExitCurve
 
 DRAFT_FOLDER = "draft"
 DRAFT_RECORD = "draft.json"
@@ -36,6 +37,7 @@ class DraftRecord:
         vocabulary: ids that it can draft.
         files: beside the record.
         training: how it was made and what it reached, for people.
+        exits: how often it is right, by its confidence; None if that was not measured.
     """
 
     schema: int
@@ -46,6 +48,7 @@ class DraftRecord:
     vocabulary: int
     files: tuple[FileEntry, ...]
     training: dict[str, Any]
+    exits: ExitCurve | None = None
 
     def to_json(self) -> str:
         """Serialise with sorted keys."""
@@ -115,5 +118,26 @@ def read_draft_record(text: bytes) -> DraftRecord:
             "source": Source(**data["source"]),
             "segments": tuple(map(read_segment, data["segments"])),
             "files": tuple(FileEntry(**entry) for entry in data["files"]),
+            "exits": None if data.get("exits") is None else ExitCurve.from_dict(data["exits"]),
         }
     )
+
+
+def write_exits(bundle: Bundle, exits: ExitCurve) -> DraftRecord:
+    """Put a measured curve into the record of a device half's draft, in place of the one that may be there.
+
+    Raises:
+        BundleError: there is no draft, or its record cannot be written.
+    """
+    draft = open_draft(bundle, verify=False)
+    if draft is None:
+        raise BundleError(f"{bundle.folder} holds no draft to exit with; run `isthmus distill`")
+    record = dataclasses.replace(draft.record, exits=exits)
+    path = draft.bundle.folder / DRAFT_RECORD
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(record.to_json(), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror or error}; free space or change its permissions") from error
+    return record

@@ -22,7 +22,7 @@ ALLOWED = {
     "quant": set[str](),
     "devices": {"quant"},
     "runtime": {"quant", "devices"},
-    "export": {"quant", "devices", "runtime.bundle", "runtime.draft_bundle"},
+    "export": {"quant", "devices", "runtime.bundle", "runtime.draft_bundle", "runtime.exits"},
     "cli": {"quant", "devices", "runtime", "export"},
     # The face imports its public names on first use; for type checkers it names them.
     "__init__": {"runtime", "export"},

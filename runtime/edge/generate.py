@@ -174,8 +174,9 @@ class Token(NamedTuple):
 
     Attributes:
         source: who had it first: ``server`` or ``local``, or a draft that the server confirmed: ``draft`` (the trained
-            one) or ``ngram``.
-        layers: layers that its hidden state went through.
+            one) or ``ngram``; ``exit`` if the draft was sure enough for nobody to be asked, and ``local`` where it had
+            to go on alone.
+        layers: layers that its hidden state went through, the draft's included where it decided.
         bytes_up: bytes sent to get it; the first token's include the prompt's.
         front_s: seconds in the device's embedding and layers.
         front_onnxruntime_s: of that, inside onnxruntime.

@@ -16,9 +16,9 @@ from ...devices.backend import default_threads
 from ...errors import RequestError
 from ...quant.codec import Codec
 from ..back import BackEngine
-from ..bundle import open_bundle
+from ..bundle import Bundle, open_bundle
 from ..codecs import checked_level, default_codec, open_levels
-from ..draft_bundle import open_draft
+from ..draft_bundle import Draft, open_draft
 from ..memory import check_session, process_limit_mb
 from ..sampling import Sampling
 from ..segments import AbsentEmbedding, Embedding, Head, LayerStack
@@ -26,6 +26,7 @@ from ..text import StopStrings, Tokenizer
 from .controller import Controller, PacedCodec
 from .draft_pace import DraftPace
 from .drafting import MAX_DRAFTS, DraftedTokens
+from .exiting import ExitTokens
 from .generate import PREFILL_CHUNK, Back, LocalBack, generate_tokens
 from .handover import HandOver, MovingBack, OwnBack
 from .stream import Generation, TextStream, TokenStream
@@ -70,6 +71,7 @@ class EdgeModel:
         draft_length: int | None = None,
         overlap: bool = True,
         on_server_loss: OnServerLoss | None = None,
+        exit_agreement: float | None = None,
     ) -> None:
         """Open ``OUT/device``; nothing is sent before the first generation.
 
@@ -97,8 +99,13 @@ class EdgeModel:
             overlap: whether the device guesses on while it waits.
             on_server_loss: ``replay`` makes a lost session again, on the same server or another one, from what was
                 sent; ``wait`` does so, too, and has more patience; ``local`` goes on with the device's own copy of the
-                layers; ``fail`` gives up. By default ``local`` if there is a copy, else ``replay``. No text depends on
-                it, but for rounding in the codec where the device goes on alone.
+                layers, or with exits with the draft alone; ``fail`` gives up. By default ``local`` if there is a copy,
+                else ``replay``. No text depends on it, but for rounding in the codec where the device goes on with its
+                copy; the draft alone writes a worse one.
+            exit_agreement: the device takes the trained draft's token without asking the server where the draft is so
+                sure that at least this share of all tokens is what the full model would have chosen after the same
+                ones, by a calibration whose risk is `isthmus.runtime.exits.RISK`. The text is no longer exactly the
+                full model's. Greedy, undrafted generations only.
 
         Raises:
             BundleError: the folder is no intact device half.
@@ -123,15 +130,17 @@ class EdgeModel:
                 f"context={context}: must lie between 2 and {manifest.max_length}, for which this bundle was exported"
             )
         self._server, self._deadline_ms = server, deadline_ms
-        self._on_server_loss = self._checked_policy(on_server_loss)
+        self._on_server_loss = self._checked_policy(on_server_loss, exits=exit_agreement is not None)
         if draft_length is not None and not 1 <= draft_length <= MAX_DRAFTS:
             raise RequestError(f"draft length {draft_length}: must lie between 1 and {MAX_DRAFTS}")
         self._draft = self._checked_draft(draft)
-        trained = open_draft(bundle) if self._draft in ("auto", "chain", "tree") else None
+        exits = exit_agreement is not None
+        trained = open_draft(bundle) if exits or self._draft in ("auto", "chain", "tree") else None
         if self._draft in ("chain", "tree") and trained is None:
             raise RequestError(
                 f"draft={draft!r}: {bundle.folder} holds no trained draft; run `isthmus distill`, or choose ngram"
             )
+        self._exit_threshold = None if exit_agreement is None else self._checked_exit(exit_agreement, bundle, trained)
         limit_mb = process_limit_mb(memory_limit_mb)
         check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=limit_mb, draft=trained)
         self._levels = open_levels(bundle, codec or default_codec(bundle))
@@ -206,7 +215,7 @@ class EdgeModel:
             stop: strings that end the text and are not part of it.
             hand_over: begin on the device alone, and move to the server there; needs a bundle that was exported with
                 all layers for the device, and a server.
-            draft: in place of the model's own.
+            draft: in place of the model's own; ``off`` leaves exits out, too.
 
         Raises:
             RequestError: the prompt is empty, too long or holds ids outside the vocabulary; or there can be no
@@ -254,8 +263,15 @@ class EdgeModel:
             raise RequestError(
                 "draft='chain': the model was opened without a trained draft; open it with chain or auto"
             )
+        exits = self._exit_threshold is not None and draft != "off"
+        if exits and hand_over is not None:
+            raise RequestError("an exit agreement and a hand-over: leave one of them out")
+        if exits and (sampling.temperature or sampling.repetition_penalty != 1.0):
+            raise RequestError(
+                "an exit agreement is calibrated for greedy tokens: leave temperature and repetition penalty out"
+            )
         trained = None
-        if self._trained is not None and mode in ("auto", "chain", "tree"):
+        if self._trained is not None and (exits or mode in ("auto", "chain", "tree")):
             trained = self._trained.session(capacity, sampling, ids)
         controller = self._controller()
         codec = self._levels[self._level] if controller is None else PacedCodec(self._levels, controller)
@@ -267,7 +283,20 @@ class EdgeModel:
             "end_tokens": self.manifest.end_tokens if end_tokens is None else end_tokens,
         }
         drafts = None
-        if mode != "off" and hand_over is None and self._verifies(back):
+        if exits and self._exit_threshold is not None and trained is not None:
+            exiting = ExitTokens(
+                self._embedding,
+                front,
+                cast("RemoteBack", back),
+                ids,
+                draft=trained,
+                threshold=self._exit_threshold,
+                alone=self._on_server_loss == "local",
+                split=self.manifest.split,
+                **options,
+            )
+            tokens = iter(exiting)
+        elif mode != "off" and hand_over is None and self._verifies(back):
             drafted = DraftedTokens(
                 self._embedding,
                 front,
@@ -376,17 +405,17 @@ class EdgeModel:
             )
         return Controller(self._deadline_ms / 1e3, level=self._level, levels=len(self._levels))
 
-    def _checked_policy(self, policy: OnServerLoss | None) -> OnServerLoss:
+    def _checked_policy(self, policy: OnServerLoss | None, *, exits: bool) -> OnServerLoss:
         """What is done when the server is lost, as far as this bundle can do it."""
         whole = self.manifest.whole_on_device and not self.manifest.device_only
         if policy is None:
             return "local" if whole else "replay"
         if policy not in get_args(OnServerLoss):
             raise RequestError(f"on_server_loss={policy!r}: must be one of {', '.join(get_args(OnServerLoss))}")
-        if policy == "local" and not whole:
+        if policy == "local" and not (whole or exits):
             raise RequestError(
-                "on_server_loss='local': the device has no layers to go on with; export with --device-layers all, or "
-                "choose replay"
+                "on_server_loss='local': the device has no layers to go on with; export with --device-layers all, "
+                "give an exit agreement to go on with the draft, or choose replay"
             )
         if policy in ("replay", "wait") and whole:
             raise RequestError(
@@ -410,6 +439,34 @@ class EdgeModel:
         if draft != "auto":
             raise RequestError(f"draft={draft!r}: {reason}; leave drafting off")
         return "off"
+
+    def _checked_exit(self, agreement: float, bundle: Bundle, draft: Draft | None) -> float:
+        """How sure the draft must be of a token to keep a promised agreement."""
+        reason = None
+        if not self._server:
+            reason = "the device runs all layers itself, there is no round trip to save"
+        elif self.manifest.whole_on_device:
+            reason = "this bundle's sessions move between device and server, and exited tokens do not move with them"
+        elif self._deadline_ms is not None:
+            reason = "a deadline is kept for tokens of the server"
+        elif self._draft not in ("auto", "off"):
+            reason = f"with exits nothing is drafted, and draft={self._draft!r} was asked for"
+        if reason is not None:
+            raise RequestError(f"exit agreement {agreement:g}: {reason}; leave one of them out")
+        if draft is None or draft.record.exits is None:
+            missing = (
+                "trained draft; run `isthmus distill`"
+                if draft is None
+                else ("calibration of its draft; run `isthmus distill --exits-only`")
+            )
+            raise RequestError(f"exit agreement {agreement:g}: {bundle.folder} holds no {missing}")
+        threshold = draft.record.exits.threshold(agreement)
+        if threshold is None:
+            raise RequestError(
+                f"exit agreement {agreement:g}: this draft cannot promise that, measured on "
+                f"{sum(draft.record.exits.tokens)} tokens; promise less, or measure on more text"
+            )
+        return threshold
 
     def _verifies(self, back: Back) -> bool:
         """Whether the server of an opened session takes drafts."""

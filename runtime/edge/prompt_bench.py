@@ -24,6 +24,7 @@ class PromptRun:
 
     Attributes:
         tokens_per_s: of the tokens after the first.
+        exited: tokens that the device took without asking the server.
         identical: whether both gave the same tokens.
     """
 
@@ -34,6 +35,8 @@ class PromptRun:
     round_trips: int
     drafted: int
     accepted: int
+    exited: int = 0
+    mean_layers: float | None = None
     undrafted_tokens_per_s: float | None = None
     identical: bool | None = None
 
@@ -89,6 +92,7 @@ class PromptReport:
             "tokens_per_round_trip": self.tokens_per_round_trip,
             "drafted": sum(run.drafted for run in self.runs),
             "accepted": sum(run.accepted for run in self.runs),
+            "exited": sum(run.exited for run in self.runs),
             "acceptance_by_place": [
                 right / tried if tried else None for right, tried in zip(self.right, self.tried, strict=True)
             ],
@@ -145,7 +149,7 @@ def bench_prompts(
         prompts: see `read_prompts`.
         max_new_tokens: after each.
         sampling: greedy by default.
-        vs_undrafted: generate without drafts as well, in turn before and after, and compare.
+        vs_undrafted: generate without drafts, and exits, as well, in turn before and after, and compare.
         progress: called after each prompt.
 
     Raises:
@@ -175,6 +179,8 @@ def bench_prompts(
                 round_trips=drafted.round_trips,
                 drafted=drafted.drafts.drafted,
                 accepted=drafted.drafts.accepted,
+                exited=drafted.exited,
+                mean_layers=drafted.mean_layers,
                 undrafted_tokens_per_s=plain.decode_tokens_per_s if plain is not None else None,
                 identical=drafted.token_ids == plain.token_ids if plain is not None else None,
             )

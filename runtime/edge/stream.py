@@ -61,6 +61,16 @@ class Generation:
         return len(self.token_ids) / self.round_trips if self.round_trips else None
 
     @property
+    def exited(self) -> int:
+        """Tokens that the device took itself, because its draft was sure enough."""
+        return sum(token.source == "exit" for token in self.tokens)
+
+    @property
+    def mean_layers(self) -> float | None:
+        """Layers that a token's hidden state went through, on average; None without tokens."""
+        return sum(token.layers for token in self.tokens) / len(self.tokens) if self.tokens else None
+
+    @property
     def new_tokens(self) -> int:
         """Generated tokens, the end token included."""
         return len(self.token_ids)
@@ -99,6 +109,7 @@ class Generation:
         ]
         del result["drafts"]
         result |= {"drafted": self.drafts.drafted, "accepted": self.drafts.accepted}
+        result |= {"exited": self.exited, "mean_layers": self.mean_layers}
         result["tokens_per_round_trip"] = self.tokens_per_round_trip
         result["late_tokens"] = self.late_tokens
         result["level_changes"] = [change._asdict() for change in self.level_changes]

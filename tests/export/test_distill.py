@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from isthmus.cli.main import main
 from isthmus.errors import BundleError, ExportError
-from isthmus.export import conversations, draft_training
+from isthmus.export import conversations, draft_training, shipped_drafts
 from isthmus.export import distill as distillation
 from isthmus.export.checkpoint import open_checkpoint
 from isthmus.export.conversations import ChatFormat, Conversations, Speaker, Writer, choose
-from isthmus.export.distill import distill, with_own_prompts
+from isthmus.export.distill import distill, exit_conversations, with_own_prompts
 from isthmus.export.families import family_of
 from isthmus.export.prompts import default_prompts, read_prompts
 from isthmus.export.shipped_drafts import StoredDraft, load_draft, save_draft, shipped_draft
 from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.draft_bundle import open_draft
+from isthmus.runtime.exit_measurement import ExitText, calibrate_exits
 from isthmus.runtime.segments import Head, LayerStack
 
 torch = pytest.importorskip("torch")
@@ -320,3 +322,37 @@ def test_a_stored_draft_comes_back_to_eight_bits(drafted, tmp_path):
 
 def test_no_draft_is_shipped_for_a_model_that_has_none():
     assert shipped_draft({"model.safetensors": "00"}, 10) is None
+
+
+def test_every_shipped_draft_has_measured_exits():
+    for (sha256, split), name in shipped_drafts._SHIPPED.items():
+        stored = shipped_draft({name: sha256}, split)
+        assert stored is not None
+        assert stored.exits is not None
+        thresholds = [stored.exits.threshold(agreement) for agreement in (0.9, 0.95, 0.99)]
+        assert None not in thresholds
+        assert thresholds == sorted(thresholds)
+
+
+def test_exits_are_measured_on_conversations_of_their_own(drafted, prompts, tiny):
+    texts = exit_conversations(drafted, prompts=prompts, model=str(tiny.checkpoint()))
+    pairs = [ExitText(ids.tolist(), written) for ids, written in zip(texts.ids, texts.written, strict=True)]
+    curve = calibrate_exits(drafted, pairs, "some prompts")
+    draft = open_draft(open_bundle(drafted, "device"))
+    assert draft is not None
+    assert draft.record.exits == curve
+    assert sum(curve.tokens) == texts.written.sum() > 50
+    assert curve.text == "some prompts"
+
+
+def test_exits_of_a_bundle_without_a_draft_are_refused(bundle):
+    with pytest.raises(BundleError, match="no draft to exit with"):
+        calibrate_exits(bundle, [ExitText([1, 2, 3], np.ones(3, np.bool_))], "")
+
+
+def test_the_command_measures_the_draft_that_is_there(drafted, prompts, tiny, capsys):
+    options = ["--exits-only", "--model", str(tiny.checkpoint()), "--prompts", str(prompts)]
+    assert main(["distill", str(drafted), *options]) == 0
+    assert "tokens that can be exited, by promised agreement" in capsys.readouterr().out
+    assert main(["distill", str(drafted), *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == f"conversations about {prompts}, seed 0"
