@@ -145,13 +145,13 @@ def run(args: argparse.Namespace) -> int:
         with server:
             layers = f"{server.manifest.split}–{server.manifest.architecture.layers - 1}"
             line = f"isthmus: serving layers {layers} on {server.address} ({security.describe()})"
-            print(line, flush=True)
             try:
+                print(line, flush=True)
                 server.wait()
             except _Drain:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # a second one ends it at once
                 server.drain(args.drain_timeout)
                 return 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Drain):  # the latter before there was anything to drain
         return 0
     return 1  # it ended by itself, and its thread has said why
