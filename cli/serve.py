@@ -23,6 +23,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
     parser.add_argument("--max-sessions", type=int, metavar="N", help="sessions at once (default: 64)")
     parser.add_argument(
+        "--device-sessions",
+        type=int,
+        metavar="N",
+        help="sessions at once of one device, where they show certificates or tokens (default: 16)",
+    )
+    parser.add_argument("--device-kv", metavar="SIZE", help="such as 500MB: KV caches of one device (default: 4GiB)")
+    parser.add_argument(
         "--max-batch",
         type=int,
         metavar="N",
@@ -122,7 +129,13 @@ def run(args: argparse.Namespace) -> int:
         for handler in logging.getLogger().handlers:
             handler.setFormatter(JsonFormatter())
     security = server_security(args)
-    chosen = {"max_sessions": args.max_sessions, "max_batch": args.max_batch, "lease_s": args.lease}
+    chosen = {
+        "max_sessions": args.max_sessions,
+        "max_sessions_per_device": args.device_sessions,
+        "kv_bytes_per_device": int(1e6 * parse_megabytes(args.device_kv)) if args.device_kv else None,
+        "max_batch": args.max_batch,
+        "lease_s": args.lease,
+    }
     limits = ServerLimits(**{name: value for name, value in chosen.items() if value is not None})
     limit_mb = parse_megabytes(args.memory_limit) if args.memory_limit else None
     if limit_mb is not None:

@@ -19,10 +19,12 @@ class ServerLimits:
 
     # Open sessions, those without a stream included. A turn of all must stay within a step's deadline.
     max_sessions: int = 64
-    # Of one device, where clients show certificates: nobody takes all places.
+    # Of one device, where clients show certificates or tokens: nobody takes all places.
     max_sessions_per_device: int = 16
     # KV caches of all sessions together, in bytes. Reserved at Open, so that no step meets a full memory.
     kv_bytes: int = 4 << 30
+    # Of one device. By default its sessions alone bound it.
+    kv_bytes_per_device: int = 4 << 30
     # Prompt and new tokens of a session. The bundle's max_length lowers it.
     max_session_tokens: int = 1 << 17
     # Tokens of a frame.

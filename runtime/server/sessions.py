@@ -259,6 +259,7 @@ class SessionTable:
         self._sessions = 0  # admitted, those being opened or closed included
         self._kv_bytes = 0
         self._owned: Counter[str] = Counter()  # sessions of each peer
+        self._owned_bytes: Counter[str] = Counter()  # and their KV
         self._expiries: set[asyncio.Task[None]] = set()
         self.draining = self.moving = False  # no session begins; none goes on
         self.max_session_tokens = min(limits.max_session_tokens, engine.manifest.max_length)
@@ -372,6 +373,12 @@ class SessionTable:
                 "BAD_REQUEST",
                 f"the session needs {kv_bytes} bytes of KV cache, the server has {budget}; ask for fewer tokens",
             )
+        share = self._limits.kv_bytes_per_device
+        if owner and kv_bytes > share:
+            raise Refusal(
+                "BAD_REQUEST",
+                f"the session needs {kv_bytes} bytes of KV cache, a device may have {share}; ask for fewer tokens",
+            )
         if self._sessions >= self._limits.max_sessions:
             message = f"all {self._limits.max_sessions} sessions of the server are taken; wait for one to end"
             raise Refusal("SERVER_FULL", message, retry_after_ms=retry_after_ms)
@@ -381,16 +388,24 @@ class SessionTable:
         if owner and self._owned[owner] >= self._limits.max_sessions_per_device:
             message = f"all {self._limits.max_sessions_per_device} sessions of a device are taken; end one of them"
             raise Refusal("SERVER_FULL", message, retry_after_ms=retry_after_ms)
+        if owner and self._owned_bytes[owner] + kv_bytes > share:
+            message = (
+                f"{share - self._owned_bytes[owner]} bytes of KV cache are left of the device's share, the session "
+            )
+            message += f"needs {kv_bytes}; end another one"
+            raise Refusal("SERVER_FULL", message, retry_after_ms=retry_after_ms)
         self._sessions += 1
         self._kv_bytes += kv_bytes
         self._owned[owner] += 1
+        self._owned_bytes[owner] += kv_bytes
 
     def _release(self, kv_bytes: int, owner: str) -> None:
         self._sessions -= 1
         self._kv_bytes -= kv_bytes
         self._owned[owner] -= 1
+        self._owned_bytes[owner] -= kv_bytes
         if not self._owned[owner]:
-            del self._owned[owner]
+            del self._owned[owner], self._owned_bytes[owner]
 
     def _start_lease(self, session_id: bytes) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(self._limits.lease_s, self._expire, session_id)

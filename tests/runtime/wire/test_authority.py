@@ -140,6 +140,20 @@ def test_a_device_has_its_share_and_no_more(ca, mutual, make_server, make_link):
     links[2].open(8, Sampling())
 
 
+def test_a_device_has_its_share_of_the_kv_and_no_more(ca, mutual, make_server, make_link):
+    server = make_server(mutual, kv_bytes_per_device=64 * 20)
+    one, two = device(ca, "one"), device(ca, "two")
+    first, second = (make_link(server.address, security=one, on_server_loss="fail") for _ in range(2))
+    first.open(12, Sampling())
+    with pytest.raises(ProtocolError, match="SERVER_FULL: 512 bytes of KV cache are left of the device's share"):
+        second.open(9, Sampling())
+    with pytest.raises(ProtocolError, match=r"BAD_REQUEST.*a device may have 1280"):
+        make_link(server.address, security=two).open(21, Sampling())
+    make_link(server.address, security=two).open(20, Sampling())
+    first.close()
+    make_link(server.address, security=one).open(20, Sampling())
+
+
 def test_a_servers_certificate_can_be_replaced_while_it_runs(ca, mutual, make_server, make_link, tmp_path):
     server = make_server(mutual)
     make_link(server.address, security=device(ca, "one")).open(8, Sampling())
