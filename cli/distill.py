@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             )
         if args.exits_only or (Path(args.bundle) / "server").is_dir():
             texts = exit_conversations(args.bundle, **common, progress=progress)
-            text = f"conversations about {args.prompts or 'the shipped prompts'}, seed {args.seed}"
+            text = f"conversations about {args.prompts or 'the default prompts'}, seed {args.seed}"
             pairs = [ExitText(ids.tolist(), written) for ids, written in zip(texts.ids, texts.written, strict=True)]
             curve = calibrate_exits(args.bundle, pairs, text, progress=progress)
             if record is not None:

@@ -28,6 +28,7 @@ from .families import family_of
 from .families.common import EMBEDDING, FINAL_NORM, HEAD
 from .progress import Progress, silent
 from .prompts import default_prompts, read_prompts
+from .reference import find_source
 from .sources import resolve_model
 
 if TYPE_CHECKING:
@@ -178,7 +179,11 @@ def _checkpoint_of(
 ) -> Checkpoint:
     """The checkpoint that a bundle was exported from."""
     source = bundle.manifest.source
-    checkpoint = open_checkpoint(resolve_model(model or source.name, cache=cache, offline=offline, progress=progress))
+    if model is None:
+        path = find_source(source, cache=cache, progress=progress)
+    else:
+        path = resolve_model(model, cache=cache, offline=offline, progress=progress)
+    checkpoint = open_checkpoint(path)
     if checkpoint.file_hashes() != source.files:
         raise ExportError(f"{checkpoint.name}: not the model that {bundle.folder} was exported from, {source.name}")
     return checkpoint
