@@ -23,7 +23,7 @@ from .journal import JOURNAL_BYTES, Journal, context_of
 if TYPE_CHECKING:
     from .model import OnServerLoss
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)  # gets texts of errors: a record that is kept would keep their connections
 
 # Pauses between attempts to restore a session: doubled each time, jittered so that devices do not come together.
 _FIRST_DELAY_S = 0.2
@@ -124,7 +124,7 @@ class RemoteSession:
                 self._open(address, request)
                 return
             except LinkError as error:
-                logger.warning("%s; trying the next address", error)
+                logger.warning("%s; trying the next address", str(error))
         self._open(self._peers.addresses[-1], request)
 
     def check_open(self) -> None:
@@ -197,7 +197,7 @@ class RemoteSession:
             while stream.receive(deadline - time.monotonic()).WhichOneof("body") != "closed":
                 pass  # answers to the steps before it
         except LinkError as error:
-            logger.debug("the session on %s ends by its lease: %s", self.address, error)
+            logger.debug("the session on %s ends by its lease: %s", self.address, str(error))
         finally:
             self._disconnect()
 
@@ -295,7 +295,7 @@ class RemoteSession:
             address = order[self._attempts % len(order)]
             self._attempts += 1
             level = logging.WARNING if self._attempts == 1 else logging.INFO  # one line a break is enough
-            logger.log(level, "%s; trying %s, attempt %d, in %.1f s", reason, address, self._attempts, delay)
+            logger.log(level, "%s; trying %s, attempt %d, in %.1f s", str(reason), address, self._attempts, delay)
             time.sleep(delay)
             try:
                 if address == home and not self._lost and time.monotonic() < lease_end:
@@ -343,7 +343,7 @@ class RemoteSession:
         if len(order) == 1:
             raise error
         order.remove(address)
-        logger.warning("%s; not trying %s again", error, address)
+        logger.warning("%s; not trying %s again", str(error), address)
         return error
 
     def _attach(self) -> None:

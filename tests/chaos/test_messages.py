@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import logging
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -272,8 +272,7 @@ def test_a_return_to_the_session_may_be_damaged_too(folder, server, expected, me
     assert tokens == expected["off"]
 
 
-def test_broken_streams_leave_no_descriptors(folder, server, expected, monkeypatch):
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # records that are kept keep connections
+def test_broken_streams_leave_no_descriptors(folder, server, expected):
     counts = []
     for _ in range(6):
         for number in (3, 6):
@@ -282,3 +281,13 @@ def test_broken_streams_leave_no_descriptors(folder, server, expected, monkeypat
         gc.collect()  # gRPC's channels are in cycles
         counts.append(len(list(Path("/proc/self/fd").iterdir())))
     assert counts[-1] <= counts[1] + 4, counts
+
+
+def test_wall_clocks_may_jump_by_days(folder, server, expected, monkeypatch):
+    """Of the device and of the server, while a broken stream is taken up again."""
+    jumps, now = itertools.cycle((0, 86_400, -86_400)), time.time
+    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
+    fault = Fault("break", "up", "step", 8)
+    with Relay(server.address, fault) as relay:
+        assert generate(folder, relay.address) == expected["off"]
+    assert fault.done
