@@ -16,11 +16,11 @@ from typing import Self
 import grpc
 
 from ...devices.backend import default_threads
-from ...errors import LinkError, SecurityError
+from ...errors import LinkError
 from ..bundle import open_bundle
 from ..memory import kv_budget, process_limit_mb
-from ..wire.security import ServerSecurity, is_loopback
-from ..wire.transport import SERVER_OPTIONS, split_address
+from ..wire.security import ServerSecurity
+from ..wire.transport import SERVER_OPTIONS
 from .admission import Admission
 from .audit import AuditLog
 from .batcher import Batcher
@@ -208,8 +208,10 @@ class BackServer:
         self.stop()
 
     def _say_not_serving(self) -> None:
-        if self._loop is not None and self._health is not None:
-            asyncio.run_coroutine_threadsafe(self._health.say(serving=False), self._loop).result()
+        if self._loop is not None and self._health is not None and not self._ended.is_set():
+            told = asyncio.run_coroutine_threadsafe(self._health.say(serving=False), self._loop)
+            with contextlib.suppress(TimeoutError):  # it ends by itself meanwhile
+                told.result(_MOVE_S)
 
     def reload(self) -> None:
         """Look at certificates, revocation list and tokens now; without this they are seen within seconds."""
@@ -255,10 +257,7 @@ class BackServer:
             self._ended.set()
 
     async def _serve(self, started: Future[str]) -> None:
-        host, _ = split_address(self._listen)
-        if self.security.insecure and self.security.tokens is not None and not is_loopback(host):
-            raise SecurityError(f"{self._listen}: tokens in plaintext are everybody's on the way; leave insecure out")
-        credentials, admission = self.security.credentials(), Admission(self.security)
+        admission = Admission(self.security)
         batcher = Batcher(self._engine, self.limits.max_batch)
         with contextlib.ExitStack() as stack:
             compute = stack.enter_context(ComputeThread(batcher))
@@ -287,21 +286,12 @@ class BackServer:
             )
             server.add_generic_rpc_handlers((service.handler(),))
             self._health = Health(server)
-            try:
-                if credentials is None:
-                    port = server.add_insecure_port(self._listen)
-                else:
-                    port = server.add_secure_port(self._listen, credentials)
-            except RuntimeError as error:
-                raise LinkError(
-                    f"cannot listen on {self._listen}: the port is taken or the address is not this machine's; "
-                    "choose another, port 0 picks a free one"
-                ) from error
+            address = self.security.bind(server, self._listen)
             await server.start()
             await self._health.say(serving=True)
             self._loop, self._table = asyncio.get_running_loop(), table
             self._stop_requested = self._loop.create_future()
-            started.set_result(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            started.set_result(address)
             watch = asyncio.create_task(self._watch(admission, service))
             grace = await self._stop_requested
             watch.cancel()

@@ -231,22 +231,24 @@ class _Stream:
             return refusal
 
     async def _next(self) -> pb.ClientMessage | None:
+        while isinstance(message := await self._received(), Refusal):
+            if self._session is None or not message.passes:
+                raise message
+            await self._ask_again(message, self._session)
+        return message
+
+    async def _ask_again(self, damaged: Refusal, session: Session) -> None:
+        """Have the step that it was sent again, after those before it."""
+        damaged.fault.fault.expected_step = await self._compute.run(lambda: session.last_step + 1, of=session)
+        await self._write(damaged.fault)
+
+    async def _received(self) -> pb.ClientMessage | Refusal | None:
         if self._session is not None:
-            message = await self._inbox.get()
-        else:
-            try:
-                message = await asyncio.wait_for(self._inbox.get(), self._limits.idle_s)
-            except TimeoutError as error:
-                raise Refusal("BAD_REQUEST", f"no session opened within {self._limits.idle_s:g} s") from error
-        if not isinstance(message, Refusal):
-            return message
-        session = self._session
-        if session is None or not message.passes:
-            raise message
-        # The step that it was is sent again, after those before it.
-        message.fault.fault.expected_step = await self._compute.run(lambda: session.last_step + 1, of=session)
-        await self._write(message.fault)
-        return await self._next()
+            return await self._inbox.get()
+        try:
+            return await asyncio.wait_for(self._inbox.get(), self._limits.idle_s)
+        except TimeoutError as error:
+            raise Refusal("BAD_REQUEST", f"no session opened within {self._limits.idle_s:g} s") from error
 
     async def _answer(self, message: pb.ClientMessage) -> None:
         kind = message.WhichOneof("body")

@@ -198,6 +198,29 @@ class ServerSecurity:
             require_client_authentication=roots is not None,
         )
 
+    def bind(self, server: grpc.aio.Server, listen: str) -> str:
+        """Have a server listen at ``HOST:PORT``; the address as bound.
+
+        Raises:
+            LinkError: the address has another form, or cannot be bound.
+            SecurityError: see `credentials`; or tokens would cross a network in plaintext.
+        """
+        host, _ = split_address(listen)
+        if self.insecure and self.tokens is not None and not is_loopback(host):
+            raise SecurityError(f"{listen}: tokens in plaintext are everybody's on the way; leave insecure out")
+        credentials = self.credentials()
+        try:
+            if credentials is None:
+                port = server.add_insecure_port(listen)
+            else:
+                port = server.add_secure_port(listen, credentials)
+        except RuntimeError as error:
+            raise LinkError(
+                f"cannot listen on {listen}: the port is taken or the address is not this machine's; choose another, "
+                "port 0 picks a free one"
+            ) from error
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
     def describe(self) -> str:
         """A few words for the user, with the file that a client must trust."""
         if self.insecure:

@@ -17,7 +17,7 @@ from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire import isthmus_pb2 as pb
-from isthmus.runtime.wire.framing import hello_message, kv_crc, open_message, step_crc, step_message
+from isthmus.runtime.wire.framing import hello_message, kv_crc, open_message, seal, step_crc, step_message
 from isthmus.runtime.wire.security import ChannelSecurity
 from isthmus.runtime.wire.stream import ClientStream
 from isthmus.runtime.wire.transport import MAX_MESSAGE_BYTES
@@ -238,6 +238,18 @@ def test_a_stream_carries_one_session_after_the_other(client, frame, expected):
     assert client.result().token == expected(PROMPT, 1)[0]
     client.send(open_message(64, Sampling(), ()))
     assert client.code() == "BAD_REQUEST"
+
+
+def test_any_number_of_damaged_messages_is_answered(client, frame, expected):
+    client.open()
+    damaged = bytearray(seal(frame(1, PROMPT, 0)))
+    damaged[len(damaged) // 2] ^= 1
+    for _ in range(1500):  # more than Python's calls may nest
+        client.stream._outgoing.put(bytes(damaged))
+        fault = client.fault()
+        assert (fault.code, fault.expected_step) == (pb.Fault.BAD_CRC, 1)
+    client.send(frame(1, PROMPT, 0))
+    assert client.result().token == expected(PROMPT, 1)[0]
 
 
 @pytest.mark.parametrize("body", ["step", "close", "cancel", "hello", "attach"])
