@@ -9,18 +9,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .serve import add_security_options, server_security
+from .serve import add_serving_options, server_security
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", metavar="OUT/server", type=Path, help="the server half that export wrote")
-    parser.add_argument(
-        "--listen",
-        default="127.0.0.1:7070",
-        metavar="HOST:PORT",
-        help="address; port 0 picks a free one (default: %(default)s)",
-    )
     parser.add_argument("--workers", type=int, metavar="N", help="exactly so many (default: 2)")
     parser.add_argument("--min-workers", type=int, metavar="N", help="as few as the load allows, down to these")
     parser.add_argument("--max-workers", type=int, metavar="N", help="as many as the load wants, up to these")
@@ -28,29 +22,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--pipeline", type=int, default=1, metavar="N", help="processes that share each worker's layers (default: 1)"
     )
     parser.add_argument("--ray", metavar="ADDRESS", help="of a Ray cluster (default: Ray is started on this machine)")
-    add_security_options(parser)
+    add_serving_options(parser)
     parser.add_argument(
         "--threads", type=int, metavar="N", help="of each worker (default: this machine's processors, shared out)"
     )
     parser.add_argument("--max-sessions", type=int, metavar="N", help="at once, of each worker (default: 64)")
-    parser.add_argument(
-        "--lease",
-        type=float,
-        metavar="SECONDS",
-        help="how long a session outlives its connection (default: 30)",
-    )
-    parser.add_argument(
-        "--metrics",
-        metavar="HOST:PORT",
-        help="where Prometheus and `isthmus top` may ask for metrics (default: nowhere)",
-    )
-    parser.add_argument(
-        "--drain-timeout",
-        type=float,
-        default=10.0,
-        metavar="SECONDS",
-        help="that running sessions have after SIGTERM, before they are told to move (default: %(default)g)",
-    )
     parser.add_argument(
         "--memory-limit",
         metavar="SIZE",

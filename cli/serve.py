@@ -13,13 +13,7 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", metavar="OUT/server", type=Path, help="the server half that export wrote")
-    parser.add_argument(
-        "--listen",
-        default="127.0.0.1:7070",
-        metavar="HOST:PORT",
-        help="address; port 0 picks a free one (default: %(default)s)",
-    )
-    add_security_options(parser)
+    add_serving_options(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
     parser.add_argument("--max-sessions", type=int, metavar="N", help="sessions at once (default: 64)")
     parser.add_argument(
@@ -36,17 +30,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="sessions that advance together in one run; 1 serves one step at a time (default: 32)",
     )
     parser.add_argument(
-        "--lease",
-        type=float,
-        metavar="SECONDS",
-        help="how long a session outlives its connection (default: 30)",
-    )
-    parser.add_argument(
-        "--metrics",
-        metavar="HOST:PORT",
-        help="where Prometheus and `isthmus top` may ask for metrics (default: nowhere)",
-    )
-    parser.add_argument(
         "--audit",
         metavar="FILE",
         help="append a line of JSON for each device that comes, opens, returns, leaves or is turned away",
@@ -58,19 +41,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="json: one object a line, with session and step where it is about one (default %(default)s)",
     )
     parser.add_argument(
-        "--drain-timeout",
-        type=float,
-        default=10.0,
-        metavar="SECONDS",
-        help="that running sessions have after SIGTERM, before they are told to move (default: %(default)g)",
-    )
-    parser.add_argument(
         "--memory-limit", metavar="SIZE", help="such as 2GB: refuse what does not fit, and hold KV caches below it"
     )
 
 
-def add_security_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what a server shows and whom it lets in, for every command that is one."""
+def add_serving_options(parser: argparse.ArgumentParser) -> None:
+    """Declare where a server listens, what it shows, whom it lets in and how it ends, for every command that is one."""
+    parser.add_argument(
+        "--listen",
+        default="127.0.0.1:7070",
+        metavar="HOST:PORT",
+        help="address; port 0 picks a free one (default: %(default)s)",
+    )
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain, with --tls-key")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key, without a password")
     parser.add_argument("--insecure", action="store_true", help="plaintext instead of TLS")
@@ -90,10 +72,28 @@ def add_security_options(parser: argparse.ArgumentParser) -> None:
         help="only devices that show a token of this file may come in, see `isthmus certs token`; read anew when it "
         "changes",
     )
+    parser.add_argument(
+        "--lease",
+        type=float,
+        metavar="SECONDS",
+        help="how long a session outlives its connection (default: 30)",
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="HOST:PORT",
+        help="where Prometheus and `isthmus top` may ask for metrics (default: nowhere)",
+    )
+    parser.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="that running sessions have after SIGTERM, before they are told to move (default: %(default)g)",
+    )
 
 
 def server_security(args: argparse.Namespace) -> ServerSecurity:
-    """By the options of `add_security_options`."""
+    """By the options of `add_serving_options`."""
     from ..runtime.wire.security import ServerSecurity
 
     return ServerSecurity(

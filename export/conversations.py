@@ -138,10 +138,9 @@ def choose(logits: Floats, temperatures: Sequence[float], rng: np.random.Generat
     chosen = logits.argmax(axis=1)
     warm = np.flatnonzero(temperatures)
     if len(warm):
-        scaled = (logits[warm] - logits[warm].max(axis=1, keepdims=True)) / np.array(temperatures, np.float32)[
-            warm, None
-        ]
-        reached = np.exp(scaled).cumsum(axis=1, dtype=np.float64)
+        above = logits[warm] - logits[warm].max(axis=1, keepdims=True)
+        above /= np.array(temperatures, np.float32)[warm, None]
+        reached = np.exp(above, out=above).cumsum(axis=1, dtype=np.float64)
         drawn = rng.random(len(warm)) * reached[:, -1]
         chosen[warm] = [np.searchsorted(row, place, "right") for row, place in zip(reached, drawn, strict=True)]
     return chosen

@@ -18,7 +18,7 @@ from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ..errors import ExportError
+from ..errors import ExportError, ModelError
 from ..runtime.bundle import Bundle, Manifest, open_bundle
 from ..runtime.draft_bundle import DraftRecord
 from .calibration import document_start, render_chat, self_written_windows
@@ -180,7 +180,12 @@ def _checkpoint_of(
     """The checkpoint that a bundle was exported from."""
     source = bundle.manifest.source
     if model is None:
-        path = find_source(source, cache=cache, progress=progress)
+        try:
+            path = find_source(source, cache=cache, progress=progress)
+        except ModelError as error:
+            raise ExportError(
+                f"{bundle.folder} was made from {source.name}, which is not found here; give it with --model"
+            ) from error
     else:
         path = resolve_model(model, cache=cache, offline=offline, progress=progress)
     checkpoint = open_checkpoint(path)

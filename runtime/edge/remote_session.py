@@ -213,8 +213,8 @@ class RemoteSession:
                 return
             except BaseException as error:
                 self.close(cancel=True)  # the session may be there already
-                damaged = isinstance(error, DamagedMessageError) or getattr(error, "code", "") == "BAD_CRC"
-                if not damaged or not resends:
+                refused = isinstance(error, ProtocolError) and error.code == "BAD_CRC"
+                if not (refused or isinstance(error, DamagedMessageError)) or not resends:
                     raise
 
     def _acknowledge(self, result: pb.Result) -> pb.Result | None:

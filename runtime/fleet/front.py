@@ -14,12 +14,12 @@ import grpc
 
 from ...devices.backend import default_threads
 from ...devices.memory import machine_memory
-from ...errors import LinkError, RequestError
+from ...errors import RequestError
 from ..server.admission import Admission
 from ..server.health import Health
 from ..server.limits import ServerLimits
 from ..wire.security import ServerSecurity
-from ..wire.transport import SERVER_OPTIONS, split_address
+from ..wire.transport import SERVER_OPTIONS
 from .fleet import Fleet
 from .identity import FrontIdentity
 from .relay import FrontService
@@ -69,22 +69,12 @@ class Front:
             LinkError: the address cannot be bound.
             SecurityError: certificate or key cannot be used.
         """
-        host, _ = split_address(self._listen)
-        credentials, limits = self.security.credentials(), self.fleet.options.limits
+        limits = self.fleet.options.limits
         streams = self.fleet.most * (2 * limits.max_sessions + 16)
         server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=streams)
         server.add_generic_rpc_handlers((self._service.handler(),))
         self._health = Health(server)
-        try:
-            if credentials is None:
-                port = server.add_insecure_port(self._listen)
-            else:
-                port = server.add_secure_port(self._listen, credentials)
-        except RuntimeError as error:
-            raise LinkError(
-                f"cannot listen on {self._listen}: the port is taken or the address is not this machine's; "
-                "choose another, port 0 picks a free one"
-            ) from error
+        address = self.security.bind(server, self._listen)
         self._serve_metrics()
         try:
             await self.fleet.start()
@@ -94,7 +84,7 @@ class Front:
             await self.stop()
             raise
         self._server = server
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.address = address
         return self.address
 
     async def drain(self, patience: float) -> None:
