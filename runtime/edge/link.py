@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ...errors import LinkError, RequestError
 from ...quant.codec import Codec
 from ..sampling import Sampling
+from ..skipping import NO_BYPASS, Bypass
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import (
     DRAFT_MINOR,
@@ -149,13 +150,16 @@ class RemoteBack:
         by_bytes = self.limits.max_frame_bytes // (_WORST_BYTES_PER_VALUE * self._d_model)
         return max(1, min(self.limits.max_frame_tokens, by_bytes))
 
-    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = ()) -> None:
+    def open(
+        self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = (), bypass: Bypass = NO_BYPASS
+    ) -> None:
         """Connect and begin a session.
 
         Args:
             max_tokens: positions to reserve: prompt and new tokens.
             sampling: how the server chooses tokens.
             context_ids: the prompt's ids, needed only by a repetition penalty.
+            bypass: blocks of the server's half that positions leave out.
 
         Raises:
             LinkError: the server cannot be reached; `SecurityError` if it is not trusted.
@@ -166,7 +170,7 @@ class RemoteBack:
         self._session = RemoteSession(self._peers, self._renumber)
         self._questions.clear()
         self._told_up = 0
-        self._session.open(max_tokens, sampling, context_ids)
+        self._session.open(max_tokens, sampling, context_ids, bypass)
 
     def step(
         self, hidden: NDArray[np.float32], position: int, token_ids: Sequence[int] = (), *, sample: bool

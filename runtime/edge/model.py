@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -22,12 +22,13 @@ from ..draft_bundle import Draft, open_draft
 from ..memory import check_session, process_limit_mb
 from ..sampling import Sampling
 from ..segments import AbsentEmbedding, Embedding, Head, LayerStack
+from ..skipping import NO_BYPASS, Bypass, SkipSchedule, bypass_order, halves, running_layers
 from ..text import StopStrings, Tokenizer
 from .controller import Controller, PacedCodec
 from .draft_pace import DraftPace
 from .drafting import MAX_DRAFTS, DraftedTokens
 from .exiting import ExitTokens
-from .generate import PREFILL_CHUNK, Back, LocalBack, generate_tokens
+from .generate import PREFILL_CHUNK, Back, LocalBack, Token, generate_tokens
 from .handover import HandOver, MovingBack, OwnBack
 from .stream import Generation, TextStream, TokenStream
 from .trained_draft import TrainedDraft
@@ -72,6 +73,7 @@ class EdgeModel:
         overlap: bool = True,
         on_server_loss: OnServerLoss | None = None,
         exit_agreement: float | None = None,
+        skip_schedule: SkipSchedule | None = None,
     ) -> None:
         """Open ``OUT/device``; nothing is sent before the first generation.
 
@@ -106,6 +108,8 @@ class EdgeModel:
                 sure that at least this share of all tokens is what the full model would have chosen after the same
                 ones, by a calibration whose risk is `isthmus.runtime.exits.RISK`. The text is no longer exactly the
                 full model's. Greedy, undrafted generations only.
+            skip_schedule: generated tokens leave blocks of layers out, on both sides, ever more of them as the text
+                goes on. The text is no longer the full model's.
 
         Raises:
             BundleError: the folder is no intact device half.
@@ -134,6 +138,8 @@ class EdgeModel:
         if draft_length is not None and not 1 <= draft_length <= MAX_DRAFTS:
             raise RequestError(f"draft length {draft_length}: must lie between 1 and {MAX_DRAFTS}")
         self._draft = self._checked_draft(draft)
+        self._skip_schedule = skip_schedule
+        self._bypass(1)  # a schedule that this bundle cannot keep is an error now
         exits = exit_agreement is not None
         trained = open_draft(bundle) if exits or self._draft in ("auto", "chain", "tree") else None
         if self._draft in ("chain", "tree") and trained is None:
@@ -257,7 +263,10 @@ class EdgeModel:
             raise RequestError(f"max_new_tokens={max_new_tokens}: must be at least 1")
         max_new_tokens = min(max_new_tokens, self.context - len(ids))
         capacity = len(ids) + max_new_tokens
-        front = self._stack.session(capacity)  # first: if memory is short here, no session is left on the server
+        bypass = self._bypass(len(ids))
+        front_bypass, back_bypass = halves(bypass, self.manifest.split)
+        # First: if memory is short here, no session is left on the server.
+        front = self._stack.session(capacity, front_bypass)
         mode = self._draft if draft is None else self._checked_draft(draft)
         if mode == "chain" and self._trained is None:
             raise RequestError(
@@ -276,7 +285,7 @@ class EdgeModel:
         controller = self._controller()
         codec = self._levels[self._level] if controller is None else PacedCodec(self._levels, controller)
         back = self._back(codec, hand_over)
-        back.open(capacity, sampling, ids if sampling.repetition_penalty != 1.0 else ())
+        back.open(capacity, sampling, ids if sampling.repetition_penalty != 1.0 else (), back_bypass)
         options: Any = {
             "layers": self.manifest.architecture.layers,
             "max_new_tokens": max_new_tokens,
@@ -315,6 +324,8 @@ class EdgeModel:
             tokens = generate_tokens(self._embedding, front, back, ids, controller=controller, **options)
         if isinstance(back, MovingBack):
             tokens = back.watched(tokens)
+        if bypass:
+            tokens = self._with_depth(tokens, bypass, len(ids))
         return TokenStream(
             tokens,
             back,
@@ -405,6 +416,19 @@ class EdgeModel:
             )
         return Controller(self._deadline_ms / 1e3, level=self._level, levels=len(self._levels))
 
+    def _bypass(self, prompt_tokens: int) -> Bypass:
+        """The blocks that a generation leaves out."""
+        if self._skip_schedule is None:
+            return NO_BYPASS
+        layers = self.manifest.architecture.layers
+        return self._skip_schedule.bypass(bypass_order(self.manifest), layers, prompt_tokens)
+
+    def _with_depth(self, tokens: Iterator[Token], bypass: Bypass, prompt_tokens: int) -> Iterator[Token]:
+        """The tokens, with the number of layers that each went through."""
+        for number, token in enumerate(tokens):
+            position = prompt_tokens + number - 1  # of what it was chosen after
+            yield token._replace(layers=running_layers(bypass, self.manifest, position))
+
     def _checked_policy(self, policy: OnServerLoss | None, *, exits: bool) -> OnServerLoss:
         """What is done when the server is lost, as far as this bundle can do it."""
         whole = self.manifest.whole_on_device and not self.manifest.device_only
@@ -449,6 +473,8 @@ class EdgeModel:
             reason = "this bundle's sessions move between device and server, and exited tokens do not move with them"
         elif self._deadline_ms is not None:
             reason = "a deadline is kept for tokens of the server"
+        elif self._skip_schedule is not None:
+            reason = "exits are calibrated at full depth, and a skip schedule was given"
         elif self._draft not in ("auto", "off"):
             reason = f"with exits nothing is drafted, and draft={self._draft!r} was asked for"
         if reason is not None:
