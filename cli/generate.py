@@ -72,7 +72,6 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft",
         choices=("auto", "off", "chain", "tree", "ngram"),
-        default="auto",
         help="guess tokens, so that several cross in one round trip; the text stays the same. chain: by the bundle's "
         "trained draft; tree: the same with more than one guess a position; ngram: by what stood in the text before; "
         "auto (default): all, as far as they pay",
@@ -159,7 +158,7 @@ def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> Ed
         threads=args.threads,
         context=args.context,
         memory_limit_mb=limit_mb,
-        draft=args.draft,
+        draft=args.draft or "auto",
         draft_length=args.draft_length,
         overlap=args.overlap,
         on_server_loss=args.on_server_loss,
@@ -206,7 +205,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="for each token but the first, as in 200ms: the codec's level follows link and server to keep it",
     )
     parser.add_argument(
-        "--plan", metavar="FILE", help="take codec, level, context and deadline from `isthmus plan -o FILE`"
+        "--plan",
+        metavar="FILE",
+        help="take codec, level, drafts, context and deadline from `isthmus plan -o FILE`",
     )
     parser.add_argument(
         "--hand-over-at",
@@ -297,18 +298,31 @@ def _regenerate(args: argparse.Namespace) -> int:
 
 def _follow_plan(args: argparse.Namespace, deadline_ms: float | None) -> float | None:
     """Fill options that were not given from a plan for this bundle; the deadline in ms."""
+    from ..errors import PlanError
     from ..export.plan import read_plan
     from ..quant.codec import UNLEVELED
     from ..runtime.bundle import open_bundle
+    from ..runtime.draft_bundle import open_draft
 
     plan = read_plan(args.plan)
-    plan.check_bundle(open_bundle(args.bundle, "device", verify=False, use_installed=False).manifest)
+    bundle = open_bundle(args.bundle, "device", verify=False, use_installed=False)
+    plan.check_bundle(bundle.manifest)
     chosen = plan.chosen
     if args.codec is None and chosen.codec != "none":
         args.codec, args.level = chosen.codec, None if chosen.level < 0 else chosen.level
     args.context = plan.context if args.context is None else args.context
     if chosen.hand_over_at and args.hand_over_at is None:
         args.hand_over_at, args.send = chosen.hand_over_at, args.send or chosen.send
+    if chosen.mode == "split" and args.draft is None:
+        if not chosen.draft_length:
+            args.draft = "off"
+        elif open_draft(bundle, verify=False) is None:
+            raise PlanError(
+                f"the plan drafts {chosen.draft_length} tokens, this bundle has no trained draft; export it without "
+                "--no-draft, or give --draft"
+            )
+        if args.draft_length is None:
+            args.draft_length = chosen.draft_length or None
     has_levels = args.codec is not None and args.codec not in UNLEVELED
     return plan.deadline_ms if deadline_ms is None and has_levels else deadline_ms
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from isthmus.cli.main import main
 from isthmus.errors import ProtocolError, RequestError
+from isthmus.export.plan import Candidate, Plan
+from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.edge.drafting import MAX_DRAFTS
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.edge.verification import Answer
@@ -200,3 +205,52 @@ def test_a_cut_link_changes_no_drafted_token(folder, address, eager, make_proxy)
             if number in (3, 20, 60):
                 proxy.cut()
     assert stream.result.token_ids == expected
+
+
+@pytest.mark.parametrize(("length", "drafted"), [(0, False), (2, True)])
+def test_generate_drafts_as_a_plan_says(folder, address, eager, tmp_path, capsys, length, drafted):
+    command = [
+        "generate",
+        str(folder / "device"),
+        "-p",
+        PROMPT,
+        "-n",
+        "60",
+        "--server",
+        address,
+        "--insecure",
+        "--json",
+    ]
+    assert main([*command, "--plan", str(planned(folder, tmp_path, length))]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["drafted"] > 0) == drafted
+    assert main([*command, "--plan", str(planned(folder, tmp_path, length)), "--draft", "ngram"]) == 0
+    assert json.loads(capsys.readouterr().out)["token_ids"] == result["token_ids"]
+
+
+def test_a_plan_with_drafts_needs_a_bundle_with_a_draft(folder, address, tmp_path, capsys):
+    shutil.copytree(folder / "device", tmp_path / "device", ignore=shutil.ignore_patterns("draft"))
+    command = ["generate", str(tmp_path / "device"), "-p", PROMPT, "--server", address, "--insecure"]
+    assert main([*command, "--plan", str(planned(folder, tmp_path, 4))]) == 1
+    assert "the plan drafts 4 tokens, this bundle has no trained draft" in capsys.readouterr().err
+
+
+def planned(folder: Path, tmp_path: Path, length: int) -> Path:
+    """A plan file for the bundle."""
+    manifest = open_bundle(folder, "device").manifest
+    chosen = Candidate(
+        mode="split",
+        split=manifest.split,
+        front_bits=manifest.front_bits,
+        back_bits=manifest.back_bits,
+        kv_bits=32,
+        codec="raw32",
+        level=-1,
+        draft_length=length,
+        **dict.fromkeys(("memory_mb", "server_memory_mb", "ttft_ms", "ms_per_token", "worst_ms"), 1.0),
+        **dict.fromkeys(("bytes_per_token", "drop", "time_uncertainty", "drop_se"), 1.0),
+    )
+    source = manifest.source
+    plan = Plan(source.name, source.files, chosen, 256, None, "device", "link", "server")
+    plan.write(tmp_path / "plan.toml")
+    return tmp_path / "plan.toml"
