@@ -179,7 +179,14 @@ def main() -> None:
         "measured",
         "tokens a trip",
     ]
-    print(tabulate(lines, headers, tablefmt="github", floatfmt=("", "", ".1f", ".1f", ".2f", ".0f", ".0f", ".2f")))
+    print(
+        tabulate(
+            lines,
+            [*headers, "tokens a trip"],
+            tablefmt="github",
+            floatfmt=("", "", ".1f", ".1f", ".2f", ".0f", ".0f", ".2f"),
+        )
+    )
     if args.figures is not None:
         draft = shipped_figures(manifest.source.files)
         shape_ = {"split": manifest.split, "d_ff": draft.d_ff, "vocabulary": draft.vocabulary} if draft else {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..devices.budget import GRAPH_MB, MemoryNeeds, estimate_memory
+from ..devices.budget import GRAPH_MB, JOURNAL_BYTES, STEP_BYTES, MemoryNeeds, estimate_memory
 from ..devices.link import LinkProfile
 from ..devices.profile import DeviceProfile
 from ..errors import PlanError
@@ -167,6 +167,13 @@ class Costs:
     @cached_property
     def _drops(self) -> dict[tuple[object, ...], tuple[float, float]]:
         return {}
+
+    def journal_mb(self, codec: str, level: int | None, split: int) -> float:
+        """What the device keeps of sent steps, to make a lost session again."""
+        prompt, context = self.limits.prompt_tokens, self.limits.context
+        prompt_bytes = prompt * self.arch.d_model * self.prefill_bits[codec, level][split] / 8
+        new_bytes = (context - prompt) * (self.sent[codec, level][split] + STEP_BYTES)
+        return min(JOURNAL_BYTES, prompt_bytes + new_bytes) / 1e6
 
     def drop(
         self, split: int, front: int, back: int, kv_bits: int, codec: str, level: int | None

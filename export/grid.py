@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ..devices.budget import STEP_BYTES
 from ..devices.link import LinkProfile
 from ..devices.profile import DeviceProfile
 from ..errors import PlanError
@@ -172,7 +173,7 @@ class Grid:
                 codec=Ids.name,
                 level=-1,
                 draft_length=0,
-                memory_mb=self._costs.device_memory((), 32, None),
+                memory_mb=self._costs.device_memory((), 32, None) + (sent + STEP_BYTES) * new.context / 1e6,
                 server_memory_mb=self._costs.server_memory(layers, bits, head_bits),
                 ttft_ms=CONNECT_ROUND_TRIPS * self.link.rtt_ms + first + prefill,
                 ms_per_token=ms,
@@ -212,6 +213,7 @@ class Grid:
             prefill = sum(stages) + (chunks - 1) * max(stages) + self.link.rtt_ms / 2
             ttft = CONNECT_ROUND_TRIPS * self.link.rtt_ms + prefill + down_ms + RPC_MS + head_ms
             uncertainty = self._costs.uncertainty(front_ms + coding, link_ms, back_ms)
+            journal_mb = costs.journal_mb(codec, level, split)
             for kv_bits in KV_BITS:
                 kl, error = self._costs.drop(split, front_bits, back_bits, kv_bits, codec, level)
                 candidate = Candidate(
@@ -223,7 +225,7 @@ class Grid:
                     codec=codec,
                     level=-1 if level is None else level,
                     draft_length=0,
-                    memory_mb=self._costs.memory_at[split, front_bits, kv_bits],
+                    memory_mb=costs.memory_at[split, front_bits, kv_bits] + journal_mb,
                     server_memory_mb=server_mb,
                     ttft_ms=ttft,
                     ms_per_token=ms,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ...devices.budget import JOURNAL_BYTES
 from ...errors import LinkError, RequestError
 from ...quant.codec import Codec
 from ..sampling import Sampling
@@ -28,7 +29,7 @@ from ..wire.kv import encode_rows
 from ..wire.security import ChannelSecurity
 from ..wire.transport import PIPELINE_DEPTH, RESULTS_KEPT
 from .generate import Move, Replay, StepReport
-from .journal import JOURNAL_BYTES, Journal
+from .journal import Journal
 from .remote_session import Peers, RemoteSession
 from .verification import Answer, Question, checked_tokens
 

@@ -19,7 +19,7 @@ from ..back import BackEngine
 from ..bundle import Bundle, open_bundle
 from ..codecs import checked_level, default_codec, open_levels
 from ..draft_bundle import Draft, open_draft
-from ..memory import check_session, process_limit_mb
+from ..memory import check_session, kept_bytes, process_limit_mb
 from ..sampling import Sampling
 from ..segments import AbsentEmbedding, Embedding, Head, LayerStack
 from ..text import StopStrings, Tokenizer
@@ -142,8 +142,10 @@ class EdgeModel:
             )
         self._exit_threshold = None if exit_agreement is None else self._checked_exit(exit_agreement, bundle, trained)
         limit_mb = process_limit_mb(memory_limit_mb)
-        check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=limit_mb, draft=trained)
-        self._levels = open_levels(bundle, codec or default_codec(bundle))
+        codec = codec or default_codec(bundle)
+        kept = kept_bytes(codec, manifest.architecture.d_model) if self._replays else 0
+        check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=limit_mb, draft=trained, kept_bytes=kept)
+        self._levels = open_levels(bundle, codec)
         self._level = checked_level(self._levels, level)
         self._bundle, self._security = bundle, security
         self._controller()  # a deadline of no use is an error now
@@ -476,6 +478,11 @@ class EdgeModel:
             logger.warning("%s is too old to verify drafts, a token takes a round trip; update it", self._server)
         self._told_old = True
         return False
+
+    @property
+    def _replays(self) -> bool:
+        """Whether a session that is lost with its server is made again."""
+        return bool(self._server) and self._on_server_loss in ("replay", "wait")
 
     @property
     def server(self) -> str | None:

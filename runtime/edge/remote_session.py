@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...devices.budget import JOURNAL_BYTES
 from ...errors import LinkError, ProtocolError, SecurityError
 from ..sampling import Sampling
 from ..wire import isthmus_pb2 as pb
@@ -18,7 +19,7 @@ from ..wire.security import ChannelSecurity
 from ..wire.stream import ClientStream, DamagedMessageError
 from ..wire.transport import PIPELINE_DEPTH, RESULTS_KEPT
 from .generate import Replay
-from .journal import JOURNAL_BYTES, Journal, context_of
+from .journal import Journal, context_of
 
 if TYPE_CHECKING:
     from .model import OnServerLoss
