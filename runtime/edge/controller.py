@@ -7,7 +7,8 @@ frames, of other levels, of one token and the next. One time that surprises is t
 second one in a row is a change of the link, which is then learned anew, as a change of rate rather than of delay.
 
 A level is held to take its predicted time and `MARGIN` mean deviations, like TCP's timeout (Jacobson 1988). Above the
-deadline the level goes down at once, as far as needed and as far as it helps. It goes up only after a finer one was
+deadline the level goes down at once, as far as needed; where no level keeps the deadline, as far as that makes tokens
+clearly faster, or late ones rarer. It goes up only after a finer one was
 predicted to hold for `HOLD` tokens in a row, and if that soon proves wrong, it waits twice as long the next time: it
 does not oscillate.
 """
@@ -32,6 +33,7 @@ HOLD = 16  # tokens
 _LONGEST_HOLD = 512
 _HEADROOM = 0.03  # of the deadline, that a finer level must leave besides
 _SAVING = 0.02  # of the deadline, that a coarser level must save if it does not keep it
+_RISK = 0.02  # by which a coarser level must lessen the chance of a late token then, else
 
 _SURPRISE = 4.0  # standard deviations
 _FIRST_DELAY_S, _FIRST_S_PER_BYTE = 1.0, 1e-4  # standard deviations before the first frame: 80 kbit/s
@@ -202,20 +204,30 @@ class Controller:
         if not prompt:
             self._choose()
 
+    def _late(self, level: int) -> float:
+        """Chance that a token is late at a level, its time normally distributed."""
+        spread_s = max(1.25 * self._residual.deviation_s, _LEAST_DEVIATION_S)
+        return 0.5 * math.erfc((self.deadline_s - self.predicted_s(level)) / (math.sqrt(2) * spread_s))
+
     def _choose(self) -> None:
         margin_s = MARGIN * self._residual.deviation_s
         times = [self.predicted_s(level) + margin_s for level in range(len(self._sizes))]
-        # Where no level keeps the deadline, one that saves hardly anything is not worth its errors.
-        allowed_s = max(self.deadline_s, times[-1] + _SAVING * self.deadline_s)
-        if times[self.level] > allowed_s:
+        least = self._late(len(times) - 1)
+
+        def holds(level: int, room_s: float, share: float = 1.0) -> bool:
+            # Where no level keeps the deadline, one that saves hardly anything is not worth its errors.
+            saves_little = times[level] <= times[-1] + share * _SAVING * self.deadline_s
+            return times[level] <= room_s or (saves_little and self._late(level) <= least + share * _RISK)
+
+        if not holds(self.level, self.deadline_s):
             self._held = 0
             early = self._finer_at is not None and self._tokens - self._finer_at < 2 * self._hold
             self._hold = min(2 * self._hold, _LONGEST_HOLD) if early else HOLD
-            level = next(level for level in range(self.level + 1, len(times)) if times[level] <= allowed_s)
+            level = next(level for level in range(self.level + 1, len(times)) if holds(level, self.deadline_s))
             self._change(level, times[self.level])
             return
-        room_s = max((1 - _HEADROOM) * self.deadline_s, times[-1] + _SAVING / 2 * self.deadline_s)
-        finer = [level for level in range(self.level) if times[level] <= room_s]
+        room_s = (1 - _HEADROOM) * self.deadline_s
+        finer = [level for level in range(self.level) if holds(level, room_s, 0.5)]
         if not finer:
             self._held = 0
             return

@@ -30,9 +30,18 @@ class Run:
     """A generation over a link that changes from phase to phase, without a clock."""
 
     def __init__(
-        self, phases: list[Phase], deadline_ms: float, *, level: int = 2, hiccups: float = 0.0, seed: int = 0
+        self,
+        phases: list[Phase],
+        deadline_ms: float,
+        *,
+        level: int = 2,
+        fixed: int | None = None,
+        noise_ms: float = 1.0,
+        hiccups: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self._rng = np.random.default_rng(seed)
+        self._noise_ms = noise_ms
         self._hiccups = hiccups
         self.controller = Controller(deadline_ms / 1e3, level=level, levels=len(SIZES))
         self.controller.expect(SIZES)
@@ -45,11 +54,11 @@ class Run:
             self.late.append([])
             self.levels.append([])
             for _ in range(count):
-                level = self.controller.level
+                level = self.controller.level if fixed is None else fixed
                 size = int(SIZES[level] * self._rng.normal(1, 0.1)) + 24
                 times = (
                     (DEVICE_MS + abs(self._rng.normal(0, 0.3))) / 1e3,
-                    (SERVER_MS + abs(self._rng.normal(0, 0.6))) / 1e3,
+                    (SERVER_MS + abs(self._rng.normal(0, 0.6 * noise_ms))) / 1e3,
                     self._link_s(size, rtt_ms, mbit_s),
                 )
                 self.controller.observe(bytes_up=size, device_s=times[0], server_s=times[1], link_s=times[2])
@@ -57,9 +66,9 @@ class Run:
                 self.levels[-1].append(level)
 
     def _link_s(self, bytes_: int, rtt_ms: float, mbit_s: float) -> float:
-        """Both ways, with what TLS and HTTP add, and a millisecond of noise."""
+        """Both ways, with what TLS and HTTP add, and noise."""
         hiccup = self._rng.exponential(80) if self._rng.random() < self._hiccups else 0.0
-        return (rtt_ms + 8e-3 * (bytes_ + 130) / mbit_s + abs(self._rng.normal()) + hiccup) / 1e3
+        return (rtt_ms + 8e-3 * (bytes_ + 130) / mbit_s + abs(self._rng.normal(0, self._noise_ms)) + hiccup) / 1e3
 
 
 GOOD, SLOW = (40.0, 10.0), (40.0, 0.2)
@@ -74,6 +83,21 @@ def test_it_keeps_the_deadline_over_a_link_that_falls_and_recovers(seed):
     for phase in (0, 2):  # the finest, where the link allows it
         assert run.levels[phase][-100:] == [0] * 100
     assert min(run.levels[1][10:]) > 0
+
+
+@pytest.mark.parametrize("noise_ms", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("deadline_ms", [58, 60, 62, 64, 66])
+def test_hardly_more_tokens_are_late_than_at_the_coarsest_level_even_if_that_is_too_slow(noise_ms, deadline_ms):
+    phases = [(100, *GOOD), (200, *SLOW), (100, *GOOD)]
+    coarsest, finest, paced = (
+        sum(
+            sum(map(sum, Run(phases, deadline_ms, fixed=fixed, noise_ms=noise_ms, seed=seed).late)) for seed in range(2)
+        )
+        for fixed in (len(SIZES) - 1, 0, None)
+    )
+    assert paced <= coarsest + 2 * 12  # it has to see that the link fell, and to try finer levels when it recovers
+    if coarsest < 0.04 * finest:
+        assert paced < 0.1 * finest
 
 
 @pytest.mark.parametrize("seed", range(5))
