@@ -374,7 +374,7 @@ def _summary(result: Generation) -> str:
         if result.exited:
             line += f"; {result.exited} tokens exited, {result.mean_layers:.1f} layers a token"
     if result.deadline_ms is not None:
-        levels = Counter(token.level for token in result.tokens)
+        levels = Counter(token.level for token in result.tokens if token.level is not None)
         shares = ", ".join(f"{count} at level {level}" for level, count in sorted(levels.items()))
         line += (
             f"; deadline {result.deadline_ms:g} ms: {result.late_tokens} of {max(0, result.new_tokens - 1)} late; "

@@ -1,4 +1,4 @@
-"""The controller: chooses each frame's codec level so that a token takes no longer than its deadline.
+"""The controller: chooses each frame's codec level, and bounds the drafts, so that a token keeps its deadline.
 
 A token's time is the device's part, the server's part and the link's: a delay and a time for each byte. The first two
 are running means. The link's two numbers come from a Kalman filter over the frames' sizes and times (recursive least
@@ -8,9 +8,11 @@ second one in a row is a change of the link, which is then learned anew, as a ch
 
 A level is held to take its predicted time and `MARGIN` mean deviations, like TCP's timeout (Jacobson 1988). Above the
 deadline the level goes down at once, as far as needed; where no level keeps the deadline, as far as that makes tokens
-clearly faster, or late ones rarer. It goes up only after a finer one was
-predicted to hold for `HOLD` tokens in a row, and if that soon proves wrong, it waits twice as long the next time: it
-does not oscillate.
+clearly faster, or late ones rarer. It goes up only after a finer one was predicted to hold for `HOLD` tokens in a row,
+and if that soon proves wrong, it waits twice as long the next time: it does not oscillate.
+
+Drafts give way after the level: at the level that was chosen, so many frames may follow one as the link carries before
+the next is due, or later if the deadline allows. What is left is the device's exit, see `isthmus.runtime.edge.exiting`.
 """
 
 from __future__ import annotations
@@ -44,6 +46,9 @@ _SIZE_WEIGHT = 1 / 16
 _SIZE_SPREAD = 2.0  # most that one frame's size counts for or against the expected one
 _SAMPLES = 4  # frames whose size is measured at every level: the first token of a text may be unlike all others
 _FRAME_BYTES = 24  # of a step beside its payload
+_PACKET_BYTES = 90  # of TLS, HTTP/2, TCP and IP around it
+_MORE_ROOM = 1.25  # than for more drafts, before there are more
+_DRAFT_LIMITS = (0, 1, 2, 4, 8, 24)  # few, so that it does not change with every token
 
 
 class LevelChange(NamedTuple):
@@ -150,6 +155,8 @@ class Controller:
 
     Attributes:
         level: of the next frame.
+        drafts: most that may be on the way behind a frame.
+        least_drafts: the smallest that was so far.
         changes: of the level so far.
 
     Raises:
@@ -163,6 +170,7 @@ class Controller:
             raise RequestError(f"level {level}: must lie between 0 and {levels - 1}")
         self.deadline_s = deadline_s
         self.level = level
+        self.drafts = self.least_drafts = _DRAFT_LIMITS[-1]
         self.changes: list[LevelChange] = []
         self.link = LinkEstimator()
         self._device, self._server, self._residual = RunningMean(), RunningMean(), RunningMean()
@@ -181,7 +189,16 @@ class Controller:
         """Expected time of a token at a level."""
         return self._device.mean_s + self._server.mean_s + self.link.seconds(float(self._sizes[level]))
 
-    def observe(self, *, bytes_up: int, device_s: float, server_s: float, link_s: float, prompt: bool = False) -> None:
+    def observe(
+        self,
+        *,
+        bytes_up: int,
+        device_s: float,
+        server_s: float,
+        link_s: float,
+        prompt: bool = False,
+        alone: bool = True,
+    ) -> None:
         """Learn from a token, and choose the next frame's level.
 
         Args:
@@ -190,11 +207,13 @@ class Controller:
             server_s: queue, codec, back and sampling.
             link_s: the rest of the time until the token.
             prompt: whether it is the first token: its frames tell of the link, its other times of no other token.
+            alone: whether the frame held one position, at the present level; others are not what is predicted.
         """
+        expected_s = self.predicted_s(self.level)
         if not prompt:
-            expected_s = self.predicted_s(self.level)
             self._device.add(device_s)
             self._server.add(server_s)
+        if not prompt and alone:
             if self._tokens > 1:  # before, the expectation knows neither device nor server
                 self._residual.add(device_s + server_s + link_s - expected_s)
             ratio = float(np.clip(bytes_up / self._sizes[self.level], 1 / _SIZE_SPREAD, _SIZE_SPREAD))
@@ -203,6 +222,7 @@ class Controller:
         self._tokens += 1
         if not prompt:
             self._choose()
+            self._bound_drafts()
 
     def _late(self, level: int) -> float:
         """Chance that a token is late at a level, its time normally distributed."""
@@ -237,6 +257,18 @@ class Controller:
             self._finer_at = self._tokens
             self._held = 0
             self._change(self._held_level, times[self._held_level])
+
+    def _bound_drafts(self) -> None:
+        """Let so many frames follow one as the link carries before the next, or after it within the deadline."""
+        frame_s = self.link.s_per_byte * (float(self._sizes[self.level]) + _PACKET_BYTES)
+        token_s = self.predicted_s(self.level)
+        slack_s = max(0.0, self.deadline_s - token_s - MARGIN * self._residual.deviation_s)
+        room = (token_s - self._device.mean_s - frame_s + slack_s) / max(frame_s, 1e-9)
+        fitting = [max(limit for limit in _DRAFT_LIMITS if limit <= max(each, 0)) for each in (room, room / _MORE_ROOM)]
+        drafts = min(fitting[0], max(fitting[1], self.drafts))
+        if drafts != self.drafts:
+            logger.info("token %d: at most %d drafts on the way after %d", self._tokens, drafts, self.drafts)
+        self.drafts, self.least_drafts = drafts, min(drafts, self.least_drafts)
 
     def _change(self, level: int, seconds: float) -> None:
         what = "would take" if level < self.level else "takes"

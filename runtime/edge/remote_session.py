@@ -112,9 +112,13 @@ class RemoteSession:
         return self._stream is not None
 
     @property
-    def ready(self) -> bool:
-        """Whether `receive` would not wait for the server."""
-        return self._live_stream().ready
+    def received_at(self) -> float:
+        """`time.perf_counter` when the last message came in that `receive` took."""
+        return self._live_stream().received_at
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for at most so long; whether `receive` would not wait for the server then."""
+        return self._live_stream().wait(seconds)
 
     def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> None:
         """Begin it on the first server that grants it, see `isthmus.runtime.edge.link.RemoteBack.open`."""

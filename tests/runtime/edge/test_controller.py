@@ -256,8 +256,8 @@ def generate(calibrated: Path, server: BackServer) -> Callable[..., Generation]:
     def run(link: LinkProfile = LINKS["loopback"], drop: DropAfter | None = None, **options: Any) -> Generation:
         host, _, port = server.address.rpartition(":")
         with LinkProxy(("127.0.0.1", 0), (host, int(port)), link, drop=drop) as proxy:
-            security = ChannelSecurity(insecure=True)
-            model = EdgeModel(calibrated / "device", server=proxy.address, security=security, threads=1, **options)
+            options = {"security": ChannelSecurity(insecure=True), "draft": "off", "threads": 1} | options
+            model = EdgeModel(calibrated / "device", server=proxy.address, **options)
             return model.generate(PROMPT, max_new_tokens=48)
 
     return run

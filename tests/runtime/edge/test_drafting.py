@@ -13,7 +13,8 @@ from isthmus.cli.main import main
 from isthmus.errors import ProtocolError, RequestError
 from isthmus.export.plan import Candidate, Plan
 from isthmus.runtime.bundle import open_bundle
-from isthmus.runtime.edge.drafting import MAX_DRAFTS
+from isthmus.runtime.edge.controller import Controller
+from isthmus.runtime.edge.drafting import MAX_DRAFTS, DraftedTokens
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.edge.verification import Answer
 from isthmus.runtime.sampling import Sampling
@@ -160,10 +161,31 @@ def test_drafts_where_nothing_crosses_a_link_are_refused(tiny, folder, address):
     with pytest.raises(RequestError, match="no round trip"):
         EdgeModel(tiny.bundle(bits=4) / "device", draft="ngram")
     assert EdgeModel(tiny.bundle(bits=4) / "device").generate("x", max_new_tokens=4).drafts.drafted == 0
-    with pytest.raises(RequestError, match="deadline"):
-        open_model(folder, address, codec="tabq", deadline_ms=50, draft="ngram")
     with pytest.raises(RequestError, match="one of auto"):
         open_model(folder, address, draft="forest")
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "wait"])
+def test_a_deadline_is_kept_with_drafts_and_without_more_than_it_allows(folder, address, eager, monkeypatch, overlap):
+    model = open_model(folder, address, codec="tabq", level=0, overlap=overlap, deadline_ms=60_000)
+    result = model.generate(PROMPT, max_new_tokens=100)
+    assert result.token_ids == model.generate(PROMPT, max_new_tokens=100, draft="off").token_ids
+    assert result.drafts.accepted > 0
+    assert {token.level for token in result.tokens} == {0}
+    for allowed in (0, 1):
+        on_the_way: list[int] = []
+        monkeypatch.setattr(Controller, "_bound_drafts", lambda self, allowed=allowed: setattr(self, "drafts", allowed))
+        monkeypatch.setattr(DraftedTokens, "_run", _noting(on_the_way))
+        model.generate(PROMPT, max_new_tokens=100)
+        assert max(on_the_way[40:]) == allowed  # the first were before the controller had seen a token
+
+
+def _noting(on_the_way: list[int], run: Any = DraftedTokens._run) -> Any:
+    def noting(self: DraftedTokens, nodes: Any) -> None:
+        on_the_way.append(len(self._steps) + len(self._unsent) + len(nodes) - 1 if nodes[0].guess is not None else 0)
+        run(self, nodes)
+
+    return noting
 
 
 def test_token_ids_are_drafted_for_a_device_without_layers(tiny, eager):
