@@ -89,7 +89,8 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="early exit: where the trained draft is sure enough, take its token and do not ask the server. The text "
         "is no longer exactly the full model's: at least this share of its tokens, as in 0.95, is what the full model "
-        "would have chosen after the same ones, on text like the calibration's; greedy and undrafted",
+        "would have chosen after the same ones, on text like the calibration's; greedy and undrafted. With --deadline "
+        "only where the answer is late, and 0 takes the draft's token then however unsure it is",
     )
     parser.add_argument(
         "--accept",
@@ -202,7 +203,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deadline",
         metavar="TIME",
-        help="for each token but the first, as in 200ms: the codec's level follows link and server to keep it",
+        help="for each token but the first, as in 200ms: the codec's level, and then the number of drafts, follow link "
+        "and server to keep it; with --exit-agreement the draft's token is taken where the answer is late",
     )
     parser.add_argument(
         "--plan",
@@ -380,6 +382,8 @@ def _summary(result: Generation) -> str:
             f"; deadline {result.deadline_ms:g} ms: {result.late_tokens} of {max(0, result.new_tokens - 1)} late; "
             f"{shares}; {len(result.level_changes)} changes"
         )
+        if result.drafts.drafted and result.least_drafts is not None:
+            line += f", at times at most {result.least_drafts} drafts on the way"
     for replay in result.replays:
         line += (
             f"; made again at {replay.address}, token {replay.token}: {replay.steps} steps in {replay.seconds:.2f} s"

@@ -152,25 +152,28 @@ class Controller:
         deadline_s: for each token but the first.
         level: of the first frame.
         levels: how many there are, from 0, the finest.
+        reserve_s: of the deadline, by which answers have to come before it.
 
     Attributes:
         level: of the next frame.
         drafts: most that may be on the way behind a frame.
-        least_drafts: the smallest that was so far.
+        least_drafts: the smallest number that was so far, None if there was no bound.
         changes: of the level so far.
 
     Raises:
         RequestError: a deadline that is not positive, or a level that is none.
     """
 
-    def __init__(self, deadline_s: float, *, level: int, levels: int) -> None:
-        if not 0 < deadline_s < math.inf:
-            raise RequestError(f"deadline {1e3 * deadline_s:g} ms: must be above 0")
+    def __init__(self, deadline_s: float, *, level: int, levels: int, reserve_s: float = 0.0) -> None:
+        if not reserve_s < deadline_s < math.inf:
+            raise RequestError(f"deadline {1e3 * deadline_s:g} ms: must be above {1e3 * reserve_s:g}")
         if not 0 <= level < levels:
             raise RequestError(f"level {level}: must lie between 0 and {levels - 1}")
         self.deadline_s = deadline_s
+        self._answer_by_s = deadline_s - reserve_s
         self.level = level
-        self.drafts = self.least_drafts = _DRAFT_LIMITS[-1]
+        self.drafts = _DRAFT_LIMITS[-1]
+        self.least_drafts: int | None = None
         self.changes: list[LevelChange] = []
         self.link = LinkEstimator()
         self._device, self._server, self._residual = RunningMean(), RunningMean(), RunningMean()
@@ -227,7 +230,7 @@ class Controller:
     def _late(self, level: int) -> float:
         """Chance that a token is late at a level, its time normally distributed."""
         spread_s = max(1.25 * self._residual.deviation_s, _LEAST_DEVIATION_S)
-        return 0.5 * math.erfc((self.deadline_s - self.predicted_s(level)) / (math.sqrt(2) * spread_s))
+        return 0.5 * math.erfc((self._answer_by_s - self.predicted_s(level)) / (math.sqrt(2) * spread_s))
 
     def _choose(self) -> None:
         margin_s = MARGIN * self._residual.deviation_s
@@ -236,17 +239,17 @@ class Controller:
 
         def holds(level: int, room_s: float, share: float = 1.0) -> bool:
             # Where no level keeps the deadline, one that saves hardly anything is not worth its errors.
-            saves_little = times[level] <= times[-1] + share * _SAVING * self.deadline_s
+            saves_little = times[level] <= times[-1] + share * _SAVING * self._answer_by_s
             return times[level] <= room_s or (saves_little and self._late(level) <= least + share * _RISK)
 
-        if not holds(self.level, self.deadline_s):
+        if not holds(self.level, self._answer_by_s):
             self._held = 0
             early = self._finer_at is not None and self._tokens - self._finer_at < 2 * self._hold
             self._hold = min(2 * self._hold, _LONGEST_HOLD) if early else HOLD
-            level = next(level for level in range(self.level + 1, len(times)) if holds(level, self.deadline_s))
+            level = next(level for level in range(self.level + 1, len(times)) if holds(level, self._answer_by_s))
             self._change(level, times[self.level])
             return
-        room_s = (1 - _HEADROOM) * self.deadline_s
+        room_s = (1 - _HEADROOM) * self._answer_by_s
         finer = [level for level in range(self.level) if holds(level, room_s, 0.5)]
         if not finer:
             self._held = 0
@@ -262,13 +265,14 @@ class Controller:
         """Let so many frames follow one as the link carries before the next, or after it within the deadline."""
         frame_s = self.link.s_per_byte * (float(self._sizes[self.level]) + _PACKET_BYTES)
         token_s = self.predicted_s(self.level)
-        slack_s = max(0.0, self.deadline_s - token_s - MARGIN * self._residual.deviation_s)
+        slack_s = max(0.0, self._answer_by_s - token_s - MARGIN * self._residual.deviation_s)
         room = (token_s - self._device.mean_s - frame_s + slack_s) / max(frame_s, 1e-9)
         fitting = [max(limit for limit in _DRAFT_LIMITS if limit <= max(each, 0)) for each in (room, room / _MORE_ROOM)]
         drafts = min(fitting[0], max(fitting[1], self.drafts))
         if drafts != self.drafts:
             logger.info("token %d: at most %d drafts on the way after %d", self._tokens, drafts, self.drafts)
-        self.drafts, self.least_drafts = drafts, min(drafts, self.least_drafts)
+            self.least_drafts = min(drafts, self.drafts if self.least_drafts is None else self.least_drafts)
+        self.drafts = drafts
 
     def _change(self, level: int, seconds: float) -> None:
         what = "would take" if level < self.level else "takes"

@@ -30,7 +30,7 @@ from .exiting import ExitTokens
 from .generate import PREFILL_CHUNK, Back, LocalBack, generate_tokens
 from .handover import HandOver, MovingBack, OwnBack
 from .stream import Generation, TextStream, TokenStream
-from .timely import TimelyTokens
+from .timely import RESERVE_S, TimelyTokens
 from .trained_draft import TrainedDraft
 
 if TYPE_CHECKING:
@@ -403,7 +403,8 @@ class EdgeModel:
             raise RequestError(
                 f"a deadline needs a codec with levels: {self._levels[0].name} has none; choose klt, tabq or tabq-rans"
             )
-        return Controller(self._deadline_ms / 1e3, level=self._level, levels=len(self._levels))
+        reserve_s = RESERVE_S if self._exit_threshold is not None else 0.0
+        return Controller(self._deadline_ms / 1e3, level=self._level, levels=len(self._levels), reserve_s=reserve_s)
 
     def _checked_policy(self, policy: OnServerLoss | None, *, exits: bool) -> OnServerLoss:
         """What is done when the server is lost, as far as this bundle can do it."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # gRPC loads only where a server is used
     from .link import RemoteBack
     from .trained_draft import DraftSession
 
-_HEAD_START_S = 0.002  # before the deadline, in which the draft's token is handed on
+RESERVE_S = 0.001  # before the deadline, in which the draft's token is handed on
 _MOST_DUE = 8  # answers; while so many are due, nothing more is asked for
 
 
@@ -112,7 +112,7 @@ class TimelyTokens:
                 self._ask(started, prompt)
                 asked = True
             if may_exit:
-                left_s = started + self._controller.deadline_s - _HEAD_START_S - perf_counter()
+                left_s = started + self._controller.deadline_s - RESERVE_S - perf_counter()
                 if not self._back.answered(within_s=max(0.0, left_s)):
                     break
             answer, report = self._take_answer(reports)

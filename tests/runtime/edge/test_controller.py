@@ -149,6 +149,25 @@ def test_a_slow_server_counts_as_well():
     assert "server 1" in run.controller.changes[-1].reason  # 8 ms before
 
 
+def test_drafts_are_bounded_by_what_the_link_carries_while_it_waits_and_free_again_when_it_recovers():
+    run = Run([(100, *GOOD)], deadline_ms=80)
+    assert (run.controller.drafts, run.controller.least_drafts) == (24, None)
+    assert 1 <= Run([(100, *SLOW)], deadline_ms=80).controller.drafts <= 8
+    assert Run([(100, 40, 0.05)], deadline_ms=80).controller.drafts <= 2
+    assert Run([(100, 40, 0.01)], deadline_ms=80).controller.drafts == 0
+    again = Run([(100, *GOOD), (60, 40, 0.05), (100, *GOOD)], deadline_ms=80).controller
+    assert again.drafts == 24
+    assert again.least_drafts <= 2
+
+
+def test_the_bound_on_drafts_does_not_oscillate_on_a_steady_link(caplog):
+    caplog.set_level("INFO", "isthmus")
+    for rate in (0.1, 0.2, 0.5, 1.0):
+        caplog.clear()
+        Run([(600, 40, rate)], deadline_ms=80)
+        assert caplog.text.count("drafts on the way") <= 6
+
+
 def test_changes_tell_token_levels_and_why():
     changes = Run([(100, *GOOD), (50, 40, 0.05)], deadline_ms=80).controller.changes
     assert [change.before for change in changes[1:]] == [change.level for change in changes[:-1]]

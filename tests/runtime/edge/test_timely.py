@@ -20,7 +20,7 @@ from isthmus.runtime.edge.generate import StepReport, Token
 from isthmus.runtime.edge.link import RemoteBack
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.edge.stream import Generation
-from isthmus.runtime.edge.timely import TimelyTokens
+from isthmus.runtime.edge.timely import RESERVE_S, TimelyTokens
 from isthmus.runtime.edge.verification import Answer
 from isthmus.runtime.exit_measurement import ExitText, measure_exits
 from isthmus.runtime.exits import ExitCurve
@@ -42,7 +42,7 @@ class Simulation:
         self, trace: Any, deadline_s: float, *, sure: float = 1.0, noise_s: float = 0.0, seed: int = 0
     ) -> None:
         self.now = 0.0
-        self.controller = Controller(deadline_s, level=0, levels=len(SIZES))
+        self.controller = Controller(deadline_s, level=0, levels=len(SIZES), reserve_s=RESERVE_S)
         self.controller.expect(SIZES)
         self.onnxruntime_seconds = 0.0
         self.cache = SimpleNamespace(length=0)
@@ -212,7 +212,7 @@ def test_whatever_was_taken_late_the_server_goes_on_from_there(calibrated, repea
         submit(self, hidden, position, ids, **options)
 
     monkeypatch.setattr(RemoteBack, "submit", watched)
-    model = open_model(calibrated, repeating_address, 60_000 if share is None else 0.1, exit_agreement=0.9)
+    model = open_model(calibrated, repeating_address, 60_000 if share is None else 1.1, exit_agreement=0.9)
     model._exit_threshold = surest(calibrated, plain, share) if share else 0.0
     result = model.generate(PROMPT, max_new_tokens=NEW_TOKENS)
     assert result.token_ids == plain.token_ids
@@ -234,7 +234,7 @@ def surest(folder: Path, plain: Generation, share: float) -> float:
 def test_a_link_that_breaks_while_answers_are_due_changes_no_token(calibrated, repeating_address, make_proxy):
     plain = open_model(calibrated, repeating_address, None, draft="off").generate(PROMPT, max_new_tokens=NEW_TOKENS)
     proxy = make_proxy(repeating_address)
-    model = open_model(calibrated, proxy.address, 0.1, exit_agreement=0.9)
+    model = open_model(calibrated, proxy.address, 1.1, exit_agreement=0.9)
     model._exit_threshold = surest(calibrated, plain, 0.5)
     with model.stream(PROMPT, max_new_tokens=NEW_TOKENS) as stream:
         for number, _ in enumerate(stream):
