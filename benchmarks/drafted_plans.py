@@ -4,8 +4,8 @@
 
 The bundle is split where its draft is shipped. Server, link and device are processes of their own on this machine, one
 thread each for server and device; the machine is probed first. Each length, 0 for none, generates after the same
-prompts of `benchmarks/prompts`, in turns. With ``--figures``, what the longest drafts over the longest round trip came
-to is written to a file such as `export/drafts` has, for `isthmus.export.draft_costs`.
+prompts of `benchmarks/prompts`, in turns. With ``--figures``, what the longest drafts came to over each round trip is
+written to a file such as `export/drafts` has, for `isthmus.export.draft_costs`.
 """
 
 from __future__ import annotations
@@ -61,21 +61,26 @@ def command(cores: Sequence[int], *arguments: object) -> Iterator[str]:
         process.wait()
 
 
-def measure(bundle: Path, address: str, lengths: list[int], prompts: list[Prompt], tokens: int) -> Any:
-    """Generations of each draft length."""
+def measure(
+    bundle: Path, address: str, lengths: list[int], prompts: list[Prompt], tokens: int
+) -> tuple[dict[int, list[Generation]], EdgeModel]:
+    """Generations of each draft length, and the model with the longest."""
     security = ChannelSecurity(insecure=True)
     options: Any = {"server": address, "security": security, "codec": "klt", "level": LEVEL, "threads": 1}
     models = {
         length: EdgeModel(bundle / "device", **options, draft="auto" if length else "off", draft_length=length or None)
         for length in lengths
     }
-    for model in models.values():
+    for length, model in models.items():
+        if length:  # always, also where it turns out not to pay: that is what is predicted
+            pace: Any = model._pace
+            pace.drafting, pace.emitted = True, lambda seconds, tokens: None
         model.generate(prompts[-1], max_new_tokens=48)  # the pace is learned
     results: dict[int, list[Generation]] = {length: [] for length in lengths}
     for prompt in tqdm(prompts, disable=None):
         for length, model in models.items():
             results[length].append(model.generate(prompt, max_new_tokens=tokens))
-    return results
+    return results, models[max(lengths)]
 
 
 def predict(
@@ -120,9 +125,10 @@ def rows(rtt: str, predicted: dict[int, Candidate], measured: dict[int, list[Gen
     return lines
 
 
-def figures(generations: list[Generation]) -> dict[str, Any]:
-    """How often drafts were right, by how many were before, and how many a round trip had that were not."""
+def wait(model: EdgeModel, generations: list[Generation]) -> dict[str, Any]:
+    """A row of `isthmus.export.draft_costs.Wait`."""
     right, tried = [0] * PLACES, [0] * PLACES
+    gaps = []
     for generation in generations:
         run = 0
         for token in generation.tokens[1:]:
@@ -130,11 +136,16 @@ def figures(generations: list[Generation]) -> dict[str, Any]:
             tried[place] += 1
             right[place] += token.source != "server"
             run = run + 1 if token.source != "server" else 0
-    drafted = sum(each.drafts.drafted - each.drafts.accepted for each in generations)
+            gaps += [token.total_s] if run else []
+    pace: Any = model._pace
+    draft_s = pace._draft["draft"].mean_s
+    wrong = sum(each.drafts.drafted - each.drafts.accepted for each in generations)
+    waited = sum(token.source == "server" for each in generations for token in each.tokens)
     return {
+        "drafts": round(pace._answer.mean_s / draft_s, 1),
+        "wrong": round(wrong / waited, 1),
+        "gap": round(sum(gaps) / len(gaps) / draft_s, 2),
         "acceptance": [round(yes / max(1, all_), 3) for yes, all_ in zip(right, tried, strict=True)],
-        "worthwhile": round(drafted / sum(each.round_trips for each in generations), 1),
-        "tokens": sum(each.new_tokens for each in generations),
     }
 
 
@@ -157,18 +168,18 @@ def main() -> None:
     here, there = ([cores[0]], cores[1:2]) if len(cores) > 1 else (cores, cores)
     os.sched_setaffinity(0, here)
     machine = probe(threads=1)
-    lines = []
+    lines, waits = [], []
     serving = ("serve", args.bundle / "server", "--insecure", "--threads", 1, "--listen", "127.0.0.1:0")
     with command(there, *serving) as server:
         manifest = EdgeModel(args.bundle / "device", server=server, draft="off", threads=1).manifest
         for rtt in rtts:
             shape = ("--rtt", rtt, "--rate", args.rate, "--listen", "127.0.0.1:0")
             with command(cores, "link", "--connect", server, *shape) as link:
-                measured = measure(args.bundle, link, lengths, prompts, args.tokens)
+                measured, model = measure(args.bundle, link, lengths, prompts, args.tokens)
             undrafted = measured[lengths[0]]
             lines += rows(rtt, predict(machine, manifest, f"rtt={rtt},rate={args.rate}", undrafted), measured)
-            came_to = figures(measured[max(lengths)])
-            print(json.dumps({"rtt": rtt} | came_to))
+            waits.append(wait(model, measured[max(lengths)]))
+            print(rtt, json.dumps(waits[-1]))
     headers = [
         "round trip",
         "drafts",
@@ -190,7 +201,7 @@ def main() -> None:
     if args.figures is not None:
         draft = shipped_figures(manifest.source.files)
         shape_ = {"split": manifest.split, "d_ff": draft.d_ff, "vocabulary": draft.vocabulary} if draft else {}
-        args.figures.write_text(json.dumps(shape_ | came_to, indent=1) + "\n")
+        args.figures.write_text(json.dumps(shape_ | {"waits": waits}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ class Grid:
         parts = {"device": front} | ({} if candidate.codec.startswith("raw") else coding) | parts
         if self.draft is None or not candidate.draft_length:
             return parts
-        tokens = self.draft.tokens_per_round_trip()
+        times = self._step_times(candidate, sum(parts.values()))
+        tokens = self.draft.drafted(times, candidate.draft_length).tokens
         parts = {name: ms / tokens for name, ms in parts.items()}  # of the token that waits for a round trip
         return parts | {"drafts that were right": candidate.ms_per_token - sum(parts.values())}
 
@@ -246,25 +247,25 @@ class Grid:
         draft, costs = self.draft, self._costs
         if draft is None or draft.split != split.split or split.front_bits < LEAST_FRONT_BITS:
             return
-        times = self._step_times(split)
-        frames = draft.frames_per_token(times)
+        times = self._step_times(split, split.ms_per_token)
         for length in DRAFT_LENGTHS:
+            drafted = draft.drafted(times, length)
             yield replace(
                 split,
                 draft_length=length,
                 memory_mb=split.memory_mb + costs.draft_mb,
-                ms_per_token=draft.cycle_ms(times, length) / draft.tokens_per_round_trip(),
+                ms_per_token=drafted.ms_per_token,
                 worst_ms=split.worst_ms + times.draft_ms,  # one may be in the answer's way
-                bytes_per_token=frames * split.bytes_per_token,
+                bytes_per_token=drafted.frames * split.bytes_per_token,
             )
 
-    def _step_times(self, split: Candidate) -> StepTimes:
-        """What the parts of a cut's steps take, if they are drafted."""
+    def _step_times(self, split: Candidate, token_ms: float) -> StepTimes:
+        """What the parts of a cut's steps take, if one undrafted token takes ``token_ms``."""
         costs = self._costs
         coding = 0.0 if split.codec.startswith("raw") else costs.device_speed.codec(encode=True)
         front = costs.front[split.front_bits] * split.split + costs.device_speed.calls(split.split) + coding
-        frame = costs.transfer(split.bytes_per_token, up=True) - costs.transfer(0, up=True)
-        return StepTimes(front, front + costs.guess_ms, split.ms_per_token - front, frame)
+        frame = costs.transfer(self._frame_bytes(split), up=True) - costs.transfer(0, up=True)
+        return StepTimes(front, front + costs.guess_ms, token_ms - front, frame)
 
     def _hand_overs(self, split: Candidate, alone_ms: tuple[float, float]) -> Iterator[Candidate]:
         """The same cut, begun on the device alone; ``alone_ms`` is its first token and each later one there."""

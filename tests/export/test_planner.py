@@ -14,7 +14,7 @@ from isthmus.devices.profile import load_profile
 from isthmus.errors import PlanError
 from isthmus.export.accuracy import AccuracyTable, CodecPoint, accuracy_path
 from isthmus.export.checkpoint import open_checkpoint
-from isthmus.export.draft_costs import DRAFT_LENGTHS, DraftFigures
+from isthmus.export.draft_costs import DRAFT_LENGTHS, DraftFigures, Wait
 from isthmus.export.grid import Grid
 from isthmus.export.limits import Limits
 from isthmus.export.plan import read_plan
@@ -162,7 +162,8 @@ def test_sending_token_ids_costs_what_a_step_of_them_does_and_needs_no_weights(e
     assert all(c.memory_mb < one for c in candidates)
 
 
-DRAFT = DraftFigures(split=3, d_ff=1024, vocabulary=4608, acceptance=(0.5, 0.7, 0.8), worthwhile=4.0)
+WAIT = Wait(drafts=10, wrong=4.0, gap=1.5, acceptance=(0.5, 0.7, 0.8))
+DRAFT = DraftFigures(split=3, d_ff=1024, vocabulary=4608, waits=(WAIT,))
 
 
 @pytest.fixture(scope="module")
