@@ -135,8 +135,8 @@ def wait(model: EdgeModel, generations: list[Generation]) -> dict[str, Any]:
             place = min(run, PLACES - 1)
             tried[place] += 1
             right[place] += token.source != "server"
+            gaps += [token.total_s] if run else []  # else it waited for a round trip
             run = run + 1 if token.source != "server" else 0
-            gaps += [token.total_s] if run else []
     pace: Any = model._pace
     draft_s = pace._draft["draft"].mean_s
     wrong = sum(each.drafts.drafted - each.drafts.accepted for each in generations)
