@@ -72,7 +72,6 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft",
         choices=("auto", "off", "chain", "tree", "ngram"),
-        default="auto",
         help="guess tokens, so that several cross in one round trip; the text stays the same. chain: by the bundle's "
         "trained draft; tree: the same with more than one guess a position; ngram: by what stood in the text before; "
         "auto (default): all, as far as they pay",
@@ -90,7 +89,8 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="early exit: where the trained draft is sure enough, take its token and do not ask the server. The text "
         "is no longer exactly the full model's: at least this share of its tokens, as in 0.95, is what the full model "
-        "would have chosen after the same ones, on text like the calibration's; greedy and undrafted",
+        "would have chosen after the same ones, on text like the calibration's; greedy and undrafted. With --deadline "
+        "only where the answer is late, and 0 takes the draft's token then however unsure it is",
     )
     parser.add_argument(
         "--skip-schedule",
@@ -167,7 +167,7 @@ def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> Ed
         threads=args.threads,
         context=args.context,
         memory_limit_mb=limit_mb,
-        draft=args.draft,
+        draft=args.draft or "auto",
         draft_length=args.draft_length,
         overlap=args.overlap,
         on_server_loss=args.on_server_loss,
@@ -212,10 +212,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deadline",
         metavar="TIME",
-        help="for each token but the first, as in 200ms: the codec's level follows link and server to keep it",
+        help="for each token but the first, as in 200ms: the codec's level, and then the number of drafts, follow link "
+        "and server to keep it; with --exit-agreement the draft's token is taken where the answer is late",
     )
     parser.add_argument(
-        "--plan", metavar="FILE", help="take codec, level, context and deadline from `isthmus plan -o FILE`"
+        "--plan",
+        metavar="FILE",
+        help="take codec, level, drafts, context and deadline from `isthmus plan -o FILE`",
     )
     parser.add_argument(
         "--hand-over-at",
@@ -307,18 +310,31 @@ def _regenerate(args: argparse.Namespace) -> int:
 
 def _follow_plan(args: argparse.Namespace, deadline_ms: float | None) -> float | None:
     """Fill options that were not given from a plan for this bundle; the deadline in ms."""
+    from ..errors import PlanError
     from ..export.plan import read_plan
     from ..quant.codec import UNLEVELED
     from ..runtime.bundle import open_bundle
+    from ..runtime.draft_bundle import open_draft
 
     plan = read_plan(args.plan)
-    plan.check_bundle(open_bundle(args.bundle, "device", verify=False, use_installed=False).manifest)
+    bundle = open_bundle(args.bundle, "device", verify=False, use_installed=False)
+    plan.check_bundle(bundle.manifest)
     chosen = plan.chosen
     if args.codec is None and chosen.codec != "none":
         args.codec, args.level = chosen.codec, None if chosen.level < 0 else chosen.level
     args.context = plan.context if args.context is None else args.context
     if chosen.hand_over_at and args.hand_over_at is None:
         args.hand_over_at, args.send = chosen.hand_over_at, args.send or chosen.send
+    if chosen.mode == "split" and args.draft is None:
+        if not chosen.draft_length:
+            args.draft = "off"
+        elif open_draft(bundle, verify=False) is None:
+            raise PlanError(
+                f"the plan drafts {chosen.draft_length} tokens, this bundle has no trained draft; export it without "
+                "--no-draft, or give --draft"
+            )
+        if args.draft_length is None:
+            args.draft_length = chosen.draft_length or None
     has_levels = args.codec is not None and args.codec not in UNLEVELED
     return plan.deadline_ms if deadline_ms is None and has_levels else deadline_ms
 
@@ -372,12 +388,14 @@ def _summary(result: Generation) -> str:
     if len({token.layers for token in result.tokens}) > 1:
         line += f"; {result.mean_layers:.1f} layers a token"
     if result.deadline_ms is not None:
-        levels = Counter(token.level for token in result.tokens)
+        levels = Counter(token.level for token in result.tokens if token.level is not None)
         shares = ", ".join(f"{count} at level {level}" for level, count in sorted(levels.items()))
         line += (
             f"; deadline {result.deadline_ms:g} ms: {result.late_tokens} of {max(0, result.new_tokens - 1)} late; "
             f"{shares}; {len(result.level_changes)} changes"
         )
+        if result.drafts.drafted and result.least_drafts is not None:
+            line += f", at times at most {result.least_drafts} drafts on the way"
     for replay in result.replays:
         line += (
             f"; made again at {replay.address}, token {replay.token}: {replay.steps} steps in {replay.seconds:.2f} s"

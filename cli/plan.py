@@ -115,7 +115,7 @@ def _percent(text: str) -> float:
 def _tables(report: PlanReport) -> str:
     from tabulate import tabulate
 
-    headers = ["mode", "split", "bits", "KV", "codec", "MB", "first ms", "ms/token", "bytes/token", "drop %"]
+    headers = ["mode", "split", "bits", "KV", "codec", "drafts", "MB", "first ms", "ms/token", "bytes/token", "drop %"]
     best = tabulate([_row(candidate) for candidate in report.candidates], headers, disable_numparse=True)
     lines = [f"{report.searched} candidates"]
     if report.chosen is None:
@@ -151,6 +151,7 @@ def _row(candidate: Candidate) -> list[str]:
         bits,
         str(candidate.kv_bits),
         codec,
+        str(candidate.draft_length or ""),
         f"{candidate.memory_mb:.0f}",
         f"{candidate.ttft_ms:.0f} ± {error * candidate.ttft_ms:.0f}",
         f"{candidate.ms_per_token:.1f} ± {error * candidate.ms_per_token:.1f}",

@@ -19,6 +19,8 @@ INTERPRETER_MB = 103.0  # Python, NumPy, onnxruntime and gRPC: 40 of its own, th
 TOKENIZER_BYTES = 590  # per entry of the vocabulary, in the tokenizer's tables
 GRAPH_MB = 1.5  # of one opened graph beside its weights
 ARENA_MB = 4.0  # of onnxruntime's arena beside the activations that are counted
+JOURNAL_BYTES = 64 << 20  # of a session's sent steps, that are kept; see `isthmus.runtime.edge.journal`
+STEP_BYTES = 400  # of one of them beside its payload: framing and Python's objects
 SCORE_ROWS = 3  # rows of attention scores per token of a chunk, over all positions, that are alive at once
 
 _UNITS = {"kb": 1e-3, "mb": 1.0, "gb": 1e3, "kib": 1.024e-3, "mib": 1.048576, "gib": 1073.741824}
@@ -64,6 +66,7 @@ class MemoryNeeds:
         vocab_size: of the logits, where the head runs here; else 0.
         tokenizer_size: entries of its vocabulary, where it is loaded; else 0.
         tables_bytes: files of codec tables, mapped or loaded.
+        journal_bytes: of sent steps that are kept to make the session again, at most `JOURNAL_BYTES`.
         installed: whether the prepacked weights are mapped from files, see `isthmus.runtime.install`.
     """
 
@@ -77,6 +80,7 @@ class MemoryNeeds:
     vocab_size: int = 0
     tokenizer_size: int = 0
     tables_bytes: int = 0
+    journal_bytes: int = 0
     installed: bool = False
 
 
@@ -137,6 +141,8 @@ def estimate_memory(needs: MemoryNeeds, *, process_mb: float = INTERPRETER_MB) -
     if needs.tables_bytes:
         parts["codec tables"] = needs.tables_bytes / 1e6
     parts |= running
+    if needs.journal_bytes:
+        parts["sent steps, to make the session again"] = min(needs.journal_bytes, JOURNAL_BYTES) / 1e6
     if loading > sum(running.values()):
         parts["largest weight while loading"] = loading - sum(running.values())
     evictable = needs.tables_bytes / 1e6 + (prepacked / 1e6 if needs.installed else 0.0)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..devices.budget import MemoryNeeds, estimate_memory
+from ..devices.budget import GRAPH_MB, JOURNAL_BYTES, STEP_BYTES, MemoryNeeds, estimate_memory
 from ..devices.link import LinkProfile
 from ..devices.profile import DeviceProfile
 from ..errors import PlanError
 from ..runtime.bundle import Architecture
 from .accuracy import AccuracyTable
+from .draft_costs import DraftFigures
 from .footprint import Footprint, default_head_bits
 from .latency import CHUNK, LAYERS_PER_BLOCK, MachineSpeed
 from .limits import Limits
@@ -36,6 +37,7 @@ class Costs:
     """Parts of all candidates for one model, device, link and server.
 
     Attributes:
+        draft: trained for the model, if there is one.
         threads: of the device; None for all that its profile has figures for.
     """
 
@@ -46,6 +48,7 @@ class Costs:
     server: DeviceProfile | None
     limits: Limits
     threads: int | None = None
+    draft: DraftFigures | None = None
 
     @cached_property
     def footprint(self) -> Footprint:
@@ -148,8 +151,29 @@ class Costs:
         }
 
     @cached_property
+    def draft_mb(self) -> float:
+        """What the draft takes of the device's memory: weights, cache, and the hidden states that it has not seen."""
+        if self.draft is None:
+            return 0.0
+        weights = [weight for graph in self.draft.weights(self.footprint) for weight in graph]
+        running = self.footprint.kv_bytes(1, 32, self.limits.context) + 4 * self.arch.d_model * self.limits.context
+        return 2 * GRAPH_MB + (sum(weight.prepacked_bytes for weight in weights) + running) / 1e6
+
+    @cached_property
+    def guess_ms(self) -> float:
+        """Of the draft, at full context."""
+        return 0.0 if self.draft is None else self.device_speed.guess(self.draft, self.limits.context)
+
+    @cached_property
     def _drops(self) -> dict[tuple[object, ...], tuple[float, float]]:
         return {}
+
+    def journal_mb(self, codec: str, level: int | None, split: int) -> float:
+        """What the device keeps of sent steps, to make a lost session again."""
+        prompt, context = self.limits.prompt_tokens, self.limits.context
+        prompt_bytes = prompt * self.arch.d_model * self.prefill_bits[codec, level][split] / 8
+        new_bytes = (context - prompt) * (self.sent[codec, level][split] + STEP_BYTES)
+        return min(JOURNAL_BYTES, prompt_bytes + new_bytes) / 1e6
 
     def drop(
         self, split: int, front: int, back: int, kv_bits: int, codec: str, level: int | None

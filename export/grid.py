@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ..devices.budget import STEP_BYTES
 from ..devices.link import LinkProfile
 from ..devices.profile import DeviceProfile
 from ..errors import PlanError
@@ -18,6 +19,7 @@ from ..quant.ids import Ids, id_bytes
 from ..runtime.bundle import Architecture
 from .accuracy import AccuracyTable, drop_percent
 from .costs import BACK_BITS, FRONT_BITS, KV_BITS, Costs
+from .draft_costs import DRAFT_LENGTHS, LEAST_FRONT_BITS, DraftFigures, StepTimes
 from .footprint import default_head_bits
 from .latency import CHUNK
 from .limits import Limits
@@ -39,6 +41,7 @@ class Grid:
     Attributes:
         threads: of the device; None for all that its profile has figures for.
         modes: that are looked at, of `isthmus.export.plan.MODES`.
+        draft: trained for the model, if there is one; without it nothing is drafted.
     """
 
     arch: Architecture
@@ -49,6 +52,7 @@ class Grid:
     limits: Limits
     threads: int | None = None
     modes: tuple[str, ...] = MODES
+    draft: DraftFigures | None = None
 
     def __post_init__(self) -> None:
         if self.limits.context > self.arch.max_positions:
@@ -67,7 +71,9 @@ class Grid:
 
     @cached_property
     def _costs(self) -> Costs:
-        return Costs(self.arch, self.accuracy, self.device, self.link, self.server, self.limits, self.threads)
+        return Costs(
+            self.arch, self.accuracy, self.device, self.link, self.server, self.limits, self.threads, self.draft
+        )
 
     def candidates(self) -> list[Candidate]:
         """The whole grid, the best first, whether it keeps the limits or not."""
@@ -92,16 +98,24 @@ class Grid:
         behind = layers - candidate.split
         head = server.head(default_head_bits(candidate.back_bits))
         back = behind * server.decode_layer(candidate.back_bits, length) + server.calls(behind)
-        up, down = (
-            self._costs.transfer(bytes_, up=up)
-            for bytes_, up in ((candidate.bytes_per_token, True), (RESULT_BYTES, False))
-        )
+        server_only = candidate.mode == "server-only"
+        sent = candidate.bytes_per_token if server_only else self._frame_bytes(candidate)
+        up, down = (self._costs.transfer(bytes_, up=up) for bytes_, up in ((sent, True), (RESULT_BYTES, False)))
         parts = {"link up": up, "server": back, "head": head, "link down": down, "rpc": RPC_MS}
-        if candidate.mode == "server-only":
+        if server_only:
             return parts
         front = candidate.split * device.decode_layer(bits, length) + device.calls(candidate.split)
         coding = {"encode": device.codec(encode=True), "decode": server.codec(encode=False)}
-        return {"device": front} | ({} if candidate.codec.startswith("raw") else coding) | parts
+        parts = {"device": front} | ({} if candidate.codec.startswith("raw") else coding) | parts
+        if self.draft is None or not candidate.draft_length:
+            return parts
+        times = self._step_times(candidate, sum(parts.values()))
+        tokens = self.draft.drafted(times, candidate.draft_length).tokens
+        parts = {name: ms / tokens for name, ms in parts.items()}  # of the token that waits for a round trip
+        return parts | {"drafts that were right": candidate.ms_per_token - sum(parts.values())}
+
+    def _frame_bytes(self, candidate: Candidate) -> float:
+        return self._costs.sent[candidate.codec, _level(candidate)][candidate.split]
 
     # One mode each.
 
@@ -160,7 +174,7 @@ class Grid:
                 codec=Ids.name,
                 level=-1,
                 draft_length=0,
-                memory_mb=self._costs.device_memory((), 32, None),
+                memory_mb=self._costs.device_memory((), 32, None) + (sent + STEP_BYTES) * new.context / 1e6,
                 server_memory_mb=self._costs.server_memory(layers, bits, head_bits),
                 ttft_ms=CONNECT_ROUND_TRIPS * self.link.rtt_ms + first + prefill,
                 ms_per_token=ms,
@@ -200,6 +214,7 @@ class Grid:
             prefill = sum(stages) + (chunks - 1) * max(stages) + self.link.rtt_ms / 2
             ttft = CONNECT_ROUND_TRIPS * self.link.rtt_ms + prefill + down_ms + RPC_MS + head_ms
             uncertainty = self._costs.uncertainty(front_ms + coding, link_ms, back_ms)
+            journal_mb = costs.journal_mb(codec, level, split)
             for kv_bits in KV_BITS:
                 kl, error = self._costs.drop(split, front_bits, back_bits, kv_bits, codec, level)
                 candidate = Candidate(
@@ -211,7 +226,7 @@ class Grid:
                     codec=codec,
                     level=-1 if level is None else level,
                     draft_length=0,
-                    memory_mb=self._costs.memory_at[split, front_bits, kv_bits],
+                    memory_mb=costs.memory_at[split, front_bits, kv_bits] + journal_mb,
                     server_memory_mb=server_mb,
                     ttft_ms=ttft,
                     ms_per_token=ms,
@@ -222,9 +237,35 @@ class Grid:
                     drop_se=100 * math.exp(kl) * error,
                 )
                 yield candidate
+                yield from self._drafted(candidate)
                 if kv_bits == 32:
                     alone = alone or self._alone_ms(split, front_bits, back_bits)
                     yield from self._hand_overs(candidate, alone)
+
+    def _drafted(self, split: Candidate) -> Iterator[Candidate]:
+        """The same cut with drafts, if there is a draft for its hidden states."""
+        draft, costs = self.draft, self._costs
+        if draft is None or draft.split != split.split or split.front_bits < LEAST_FRONT_BITS:
+            return
+        times = self._step_times(split, split.ms_per_token)
+        for length in DRAFT_LENGTHS:
+            drafted = draft.drafted(times, length)
+            yield replace(
+                split,
+                draft_length=length,
+                memory_mb=split.memory_mb + costs.draft_mb,
+                ms_per_token=drafted.ms_per_token,
+                worst_ms=split.worst_ms + times.draft_ms,  # one may be in the answer's way
+                bytes_per_token=drafted.frames * split.bytes_per_token,
+            )
+
+    def _step_times(self, split: Candidate, token_ms: float) -> StepTimes:
+        """What the parts of a cut's steps take, if one undrafted token takes ``token_ms``."""
+        costs = self._costs
+        coding = 0.0 if split.codec.startswith("raw") else costs.device_speed.codec(encode=True)
+        front = costs.front[split.front_bits] * split.split + costs.device_speed.calls(split.split) + coding
+        frame = costs.transfer(self._frame_bytes(split), up=True) - costs.transfer(0, up=True)
+        return StepTimes(front, front + costs.guess_ms, token_ms - front, frame)
 
     def _hand_overs(self, split: Candidate, alone_ms: tuple[float, float]) -> Iterator[Candidate]:
         """The same cut, begun on the device alone; ``alone_ms`` is its first token and each later one there."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..devices.profile import DeviceProfile
+from .draft_costs import DraftFigures
 from .footprint import OPERATORS_PER_LAYER, Footprint
 
 CHUNK = 128  # tokens of a prefill's chunk
@@ -75,6 +76,14 @@ class MachineSpeed:
         reading = self.footprint.head_weights[bits][0].bytes / self._decode_rate(bits)
         choosing = 4 * self.footprint.arch.vocab_size / (self.profile.bandwidth_gb_s * 1e9)
         return 1e3 * (reading + choosing) * self._slower + _HEAD_OPERATORS * self._operator_ms + self._call_ms
+
+    def guess(self, draft: DraftFigures, length: int) -> float:
+        """One guess of a draft after ``length`` positions: its layer, its head, and the choice."""
+        layer, head = draft.weights(self.footprint)
+        reading = sum(weight.bytes / self._decode_rate(weight.bits) for weight in (*layer, *head))
+        reading += self.footprint.kv_bytes(1, 32, length) / (self.profile.attention_gb_s * 1e9)
+        operators = OPERATORS_PER_LAYER + 1 + _HEAD_OPERATORS
+        return 1e3 * reading * self._slower + operators * self._operator_ms + 2 * self._call_ms
 
     def calls(self, layers: int) -> float:
         """Fixed cost of the calls of so many layers' blocks."""

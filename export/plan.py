@@ -30,12 +30,12 @@ class Candidate:
         kv_bits: of the device's KV cache; the server's is float32.
         codec: of the hidden states, ``ids`` where token ids are sent, ``none`` where nothing is.
         level: of the codec, -1 where it has none.
-        draft_length: tokens drafted for each round trip.
+        draft_length: most drafts beyond the last sure token, 0 if nothing is drafted.
         memory_mb: resident memory of the device's process at its peak.
         server_memory_mb: of the server's, with one session.
         ttft_ms: from the call to the first token, with a fresh connection.
         ms_per_token: of the tokens after it; mean over them for a hand-over, at full context otherwise.
-        worst_ms: of the slowest of them.
+        worst_ms: of the slowest of them; with drafts of one that waits for a round trip.
         bytes_per_token: sent up for each, framing included.
         drop: expected increase in perplexity in percent, see `isthmus.export.accuracy`.
         time_uncertainty: relative standard error of the times.

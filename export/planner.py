@@ -24,6 +24,7 @@ from .grid import Grid
 from .limits import Limits
 from .plan import MODES, Candidate, Plan, read_plan
 from .progress import Progress, silent
+from .shipped_drafts import shipped_figures
 from .sources import resolve_model
 
 SHOWN = 10
@@ -124,7 +125,8 @@ def make_plan(
     machine, path = load_profile(device), link_profile(link)
     back = load_profile(server) if server is not None else None
     limits = limits or Limits(context=min(1024, arch.max_positions))
-    report = search(Grid(arch, accuracy, machine, path, back, limits, threads, modes))
+    draft = shipped_figures(hashes)
+    report = search(Grid(arch, accuracy, machine, path, back, limits, threads, modes, draft))
     plan = None
     if report.chosen is not None:
         plan = Plan(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..quant.grids import quantize
 from ..quant.nbits import PackedWeight, dequantize
 from ..runtime.exits import ExitCurve
+from .draft_costs import DraftFigures
 
 Floats = NDArray[np.float32]
 
@@ -45,6 +46,14 @@ def shipped_draft(files: Mapping[str, str], split: int) -> StoredDraft | None:
     # Beside the weights, so that it can be measured again without them.
     exits = json.loads((_FOLDER / name).with_suffix(".exits.json").read_text(encoding="utf-8"))
     return load_draft(_FOLDER / name)._replace(exits=ExitCurve.from_dict(exits))
+
+
+def shipped_figures(files: Mapping[str, str]) -> DraftFigures | None:
+    """What the planner needs to know of the draft that comes with the package for a checkpoint's files."""
+    for (digest, _), name in _SHIPPED.items():
+        if list(files.values()) == [digest]:
+            return DraftFigures.read((_FOLDER / name).with_suffix(".figures.json"))
+    return None
 
 
 def save_draft(path: Path, draft: StoredDraft) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 
-from ..devices.budget import MemoryEstimate, MemoryNeeds, StoredWeight, estimate_memory
+from ..devices.budget import STEP_BYTES, MemoryEstimate, MemoryNeeds, StoredWeight, estimate_memory
 from ..devices.memory import machine_memory, process_memory
+from ..quant.ids import Ids
 from .bundle import Bundle, TensorRecord
 from .draft_bundle import Draft
 
 CODEC_TABLES = ("klt.npz", "tabq-rans.npz")
 UNPACKED_TABLES = 3  # a codec's tables in memory, by the bytes of their file
-
+_BYTES_PER_VALUE = {"raw32": 4, "raw16": 2}  # that a codec sends; the others less than one
 
 LIBRARY_MB = 20.0  # of onnxruntime's and gRPC's code that is read only when they run
+
+
+def kept_bytes(codec: str, d_model: int) -> int:
+    """What the journal of sent steps (`isthmus.runtime.edge.journal`) takes for one position at most."""
+    return STEP_BYTES + (4 if codec == Ids.name else _BYTES_PER_VALUE.get(codec, 1) * d_model)
 
 
 def half_memory(
@@ -23,6 +29,7 @@ def half_memory(
     chunk: int,
     process_mb: float | None = None,
     draft: Draft | None = None,
+    kept_bytes: int = 0,
 ) -> MemoryEstimate:
     """Estimate the peak of a process with a bundle half and one session.
 
@@ -31,6 +38,7 @@ def half_memory(
         positions: of the session: prompt and new tokens.
         chunk: most tokens of one step.
         draft: that is opened with it.
+        kept_bytes: of each position, that are kept to make the session again, see `kept_bytes`.
         process_mb: resident before anything is loaded, libraries included; by default what this process has.
     """
     if process_mb is None:
@@ -58,6 +66,7 @@ def half_memory(
         vocab_size=arch.vocab_size if any(segment.kind == "head" for segment in graphs) else 0,
         tokenizer_size=arch.vocab_size if bundle.half == "device" else 0,
         tables_bytes=UNPACKED_TABLES * sum(sizes.get(name, 0) for name in CODEC_TABLES),
+        journal_bytes=kept_bytes * positions,
         installed=bundle.installed,
     )
     return estimate_memory(needs, process_mb=process_mb)
@@ -71,16 +80,18 @@ def process_limit_mb(limit_mb: float | None) -> float:
     return math.inf if available is None else available.free_mb + (process_memory().resident_mb or 0.0)
 
 
-def check_session(bundle: Bundle, positions: int, *, chunk: int, limit_mb: float, draft: Draft | None = None) -> None:
-    """Refuse a bundle half that would not fit into this process with a session of so many positions, and its draft.
+def check_session(
+    bundle: Bundle, positions: int, *, chunk: int, limit_mb: float, draft: Draft | None = None, kept_bytes: int = 0
+) -> None:
+    """Refuse a bundle half that would not fit into this process with a session of so many positions, see `half_memory`.
 
     Raises:
         MemoryLimitError: with the parts, and the longest session that would fit.
     """
-    estimate = half_memory(bundle, positions, chunk=chunk, draft=draft)
+    estimate = half_memory(bundle, positions, chunk=chunk, draft=draft, kept_bytes=kept_bytes)
     if estimate.total_mb <= limit_mb:
         return
-    fitting = longest_context(bundle, chunk=chunk, limit_mb=limit_mb, draft=draft)
+    fitting = longest_context(bundle, chunk=chunk, limit_mb=limit_mb, draft=draft, kept_bytes=kept_bytes)
     if fitting:
         remedy = f"a context of {fitting} positions would fit"
     elif bundle.installed:
@@ -110,12 +121,20 @@ def longest_context(
     limit_mb: float,
     process_mb: float | None = None,
     draft: Draft | None = None,
+    kept_bytes: int = 0,
 ) -> int:
     """Most positions, up to the bundle's, with which a half fits under a limit, see `half_memory`; 0 if none do."""
+
+    def needed_mb(positions: int) -> float:
+        estimate = half_memory(
+            bundle, positions, chunk=chunk, process_mb=process_mb, draft=draft, kept_bytes=kept_bytes
+        )
+        return estimate.total_mb
+
     fits, too_many = 0, bundle.manifest.max_length + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        if half_memory(bundle, middle, chunk=chunk, process_mb=process_mb, draft=draft).total_mb <= limit_mb:
+        if needed_mb(middle) <= limit_mb:
             fits = middle
         else:
             too_many = middle

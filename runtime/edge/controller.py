@@ -1,4 +1,4 @@
-"""The controller: chooses each frame's codec level so that a token takes no longer than its deadline.
+"""The controller: chooses each frame's codec level, and bounds the drafts, so that a token keeps its deadline.
 
 A token's time is the device's part, the server's part and the link's: a delay and a time for each byte. The first two
 are running means. The link's two numbers come from a Kalman filter over the frames' sizes and times (recursive least
@@ -7,9 +7,12 @@ frames, of other levels, of one token and the next. One time that surprises is t
 second one in a row is a change of the link, which is then learned anew, as a change of rate rather than of delay.
 
 A level is held to take its predicted time and `MARGIN` mean deviations, like TCP's timeout (Jacobson 1988). Above the
-deadline the level goes down at once, as far as needed and as far as it helps. It goes up only after a finer one was
-predicted to hold for `HOLD` tokens in a row, and if that soon proves wrong, it waits twice as long the next time: it
-does not oscillate.
+deadline the level goes down at once, as far as needed; where no level keeps the deadline, as far as that makes tokens
+clearly faster, or late ones rarer. It goes up only after a finer one was predicted to hold for `HOLD` tokens in a row,
+and if that soon proves wrong, it waits twice as long the next time: it does not oscillate.
+
+Drafts give way after the level: at the level that was chosen, so many frames may follow one as the link carries before
+the next is due, or later if the deadline allows. What is left is the device's exit, see `isthmus.runtime.edge.exiting`.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ HOLD = 16  # tokens
 _LONGEST_HOLD = 512
 _HEADROOM = 0.03  # of the deadline, that a finer level must leave besides
 _SAVING = 0.02  # of the deadline, that a coarser level must save if it does not keep it
+_RISK = 0.02  # by which a coarser level must lessen the chance of a late token then, else
 
 _SURPRISE = 4.0  # standard deviations
 _FIRST_DELAY_S, _FIRST_S_PER_BYTE = 1.0, 1e-4  # standard deviations before the first frame: 80 kbit/s
@@ -42,6 +46,9 @@ _SIZE_WEIGHT = 1 / 16
 _SIZE_SPREAD = 2.0  # most that one frame's size counts for or against the expected one
 _SAMPLES = 4  # frames whose size is measured at every level: the first token of a text may be unlike all others
 _FRAME_BYTES = 24  # of a step beside its payload
+_PACKET_BYTES = 90  # of TLS, HTTP/2, TCP and IP around it
+_MORE_ROOM = 1.25  # than for more drafts, before there are more
+_DRAFT_LIMITS = (0, 1, 2, 4, 8, 24)  # few, so that it does not change with every token
 
 
 class LevelChange(NamedTuple):
@@ -145,22 +152,28 @@ class Controller:
         deadline_s: for each token but the first.
         level: of the first frame.
         levels: how many there are, from 0, the finest.
+        reserve_s: of the deadline, by which answers have to come before it.
 
     Attributes:
         level: of the next frame.
+        drafts: most that may be on the way behind a frame.
+        least_drafts: the smallest number that was so far, None if there was no bound.
         changes: of the level so far.
 
     Raises:
         RequestError: a deadline that is not positive, or a level that is none.
     """
 
-    def __init__(self, deadline_s: float, *, level: int, levels: int) -> None:
-        if not 0 < deadline_s < math.inf:
-            raise RequestError(f"deadline {1e3 * deadline_s:g} ms: must be above 0")
+    def __init__(self, deadline_s: float, *, level: int, levels: int, reserve_s: float = 0.0) -> None:
+        if not reserve_s < deadline_s < math.inf:
+            raise RequestError(f"deadline {1e3 * deadline_s:g} ms: must be above {1e3 * reserve_s:g}")
         if not 0 <= level < levels:
             raise RequestError(f"level {level}: must lie between 0 and {levels - 1}")
         self.deadline_s = deadline_s
+        self._answer_by_s = deadline_s - reserve_s
         self.level = level
+        self.drafts = _DRAFT_LIMITS[-1]
+        self.least_drafts: int | None = None
         self.changes: list[LevelChange] = []
         self.link = LinkEstimator()
         self._device, self._server, self._residual = RunningMean(), RunningMean(), RunningMean()
@@ -179,7 +192,16 @@ class Controller:
         """Expected time of a token at a level."""
         return self._device.mean_s + self._server.mean_s + self.link.seconds(float(self._sizes[level]))
 
-    def observe(self, *, bytes_up: int, device_s: float, server_s: float, link_s: float, prompt: bool = False) -> None:
+    def observe(
+        self,
+        *,
+        bytes_up: int,
+        device_s: float,
+        server_s: float,
+        link_s: float,
+        prompt: bool = False,
+        alone: bool = True,
+    ) -> None:
         """Learn from a token, and choose the next frame's level.
 
         Args:
@@ -188,11 +210,13 @@ class Controller:
             server_s: queue, codec, back and sampling.
             link_s: the rest of the time until the token.
             prompt: whether it is the first token: its frames tell of the link, its other times of no other token.
+            alone: whether the frame held one position, at the present level; others are not what is predicted.
         """
+        expected_s = self.predicted_s(self.level)
         if not prompt:
-            expected_s = self.predicted_s(self.level)
             self._device.add(device_s)
             self._server.add(server_s)
+        if not prompt and alone:
             if self._tokens > 1:  # before, the expectation knows neither device nor server
                 self._residual.add(device_s + server_s + link_s - expected_s)
             ratio = float(np.clip(bytes_up / self._sizes[self.level], 1 / _SIZE_SPREAD, _SIZE_SPREAD))
@@ -201,21 +225,32 @@ class Controller:
         self._tokens += 1
         if not prompt:
             self._choose()
+            self._bound_drafts()
+
+    def _late(self, level: int) -> float:
+        """Chance that a token is late at a level, its time normally distributed."""
+        spread_s = max(1.25 * self._residual.deviation_s, _LEAST_DEVIATION_S)
+        return 0.5 * math.erfc((self._answer_by_s - self.predicted_s(level)) / (math.sqrt(2) * spread_s))
 
     def _choose(self) -> None:
         margin_s = MARGIN * self._residual.deviation_s
         times = [self.predicted_s(level) + margin_s for level in range(len(self._sizes))]
-        # Where no level keeps the deadline, one that saves hardly anything is not worth its errors.
-        allowed_s = max(self.deadline_s, times[-1] + _SAVING * self.deadline_s)
-        if times[self.level] > allowed_s:
+        least = self._late(len(times) - 1)
+
+        def holds(level: int, room_s: float, share: float = 1.0) -> bool:
+            # Where no level keeps the deadline, one that saves hardly anything is not worth its errors.
+            saves_little = times[level] <= times[-1] + share * _SAVING * self._answer_by_s
+            return times[level] <= room_s or (saves_little and self._late(level) <= least + share * _RISK)
+
+        if not holds(self.level, self._answer_by_s):
             self._held = 0
             early = self._finer_at is not None and self._tokens - self._finer_at < 2 * self._hold
             self._hold = min(2 * self._hold, _LONGEST_HOLD) if early else HOLD
-            level = next(level for level in range(self.level + 1, len(times)) if times[level] <= allowed_s)
+            level = next(level for level in range(self.level + 1, len(times)) if holds(level, self._answer_by_s))
             self._change(level, times[self.level])
             return
-        room_s = max((1 - _HEADROOM) * self.deadline_s, times[-1] + _SAVING / 2 * self.deadline_s)
-        finer = [level for level in range(self.level) if times[level] <= room_s]
+        room_s = (1 - _HEADROOM) * self._answer_by_s
+        finer = [level for level in range(self.level) if holds(level, room_s, 0.5)]
         if not finer:
             self._held = 0
             return
@@ -225,6 +260,19 @@ class Controller:
             self._finer_at = self._tokens
             self._held = 0
             self._change(self._held_level, times[self._held_level])
+
+    def _bound_drafts(self) -> None:
+        """Let so many frames follow one as the link carries before the next, or after it within the deadline."""
+        frame_s = self.link.s_per_byte * (float(self._sizes[self.level]) + _PACKET_BYTES)
+        token_s = self.predicted_s(self.level)
+        slack_s = max(0.0, self._answer_by_s - token_s - MARGIN * self._residual.deviation_s)
+        room = (token_s - self._device.mean_s - frame_s + slack_s) / max(frame_s, 1e-9)
+        fitting = [max(limit for limit in _DRAFT_LIMITS if limit <= max(each, 0)) for each in (room, room / _MORE_ROOM)]
+        drafts = min(fitting[0], max(fitting[1], self.drafts))
+        if drafts != self.drafts:
+            logger.info("token %d: at most %d drafts on the way after %d", self._tokens, drafts, self.drafts)
+            self.least_drafts = min(drafts, self.drafts if self.least_drafts is None else self.least_drafts)
+        self.drafts = drafts
 
     def _change(self, level: int, seconds: float) -> None:
         what = "would take" if level < self.level else "takes"

@@ -24,6 +24,7 @@ import numpy as np
 
 from ...errors import ProtocolError
 from ..segments import AbsentEmbedding, Embedding, StackSession
+from .controller import Controller
 from .draft_pace import DraftPace, Guess
 from .draft_tree import DraftTree, Node
 from .generate import PREFILL_CHUNK, StepReport, Token, total
@@ -83,6 +84,7 @@ class DraftedTokens:
         layers: of the whole model.
         max_new_tokens: that are generated at most.
         end_tokens: that end the text.
+        controller: keeps a deadline: learns from the steps of sure tokens, and bounds the drafts.
 
     Attributes:
         counts: of the drafts so far.
@@ -104,8 +106,12 @@ class DraftedTokens:
         layers: int,
         max_new_tokens: int,
         end_tokens: Sequence[int],
+        controller: Controller | None = None,
     ) -> None:
         self.counts = DraftCounts()
+        self._controller = controller
+        self._sure_at = 0.0  # when the root became sure
+        self._root_sent = 0.0, 1  # seconds after that, and rows of its step
         self._back = back
         self._trained = trained
         self._ngrams = NGramIndex() if ngrams else None
@@ -166,7 +172,7 @@ class DraftedTokens:
         if self._steps and (not self._overlap or self._back.answered() or len(self._steps) >= _MAX_STEPS):
             return False
         begun = perf_counter()
-        if drafts := self._likeliest():
+        if drafts := self._likeliest(self._room()):
             self._run(drafts)
             self.counts.drafted += len(drafts)
             source = drafts[-1].guess.source if drafts[-1].guess is not None else "ngram"
@@ -202,10 +208,18 @@ class DraftedTokens:
         )
         self._steps.append(first)
         first.sent_at = self._sent_at = perf_counter()
+        if sure:
+            self._root_sent = self._sent_at - self._sure_at, len(nodes)
 
-    def _likeliest(self) -> list[Node]:
-        """The next guess to run, and what n-grams say with it at once; nothing if none is worth it."""
-        if not self._pace.drafting:
+    def _room(self) -> int:
+        """Drafts more that the deadline allows on the way."""
+        if self._controller is None:
+            return MAX_DRAFTS
+        return self._controller.drafts - (len(self._steps) + len(self._unsent) - 1)
+
+    def _likeliest(self, room: int) -> list[Node]:
+        """The next guess to run, and what n-grams say with it at once; nothing if none is worth it or ``room`` is 0."""
+        if not self._pace.drafting or room < 1:
             return []
         tip = self._tree.tip
         if tip.options is None:
@@ -229,7 +243,7 @@ class DraftedTokens:
             place = parent.position + 1 - self._tree.root.position
             drafts.append(Node(following.token, parent.position + 1, parent, following, place))
             before = [*before, following]
-            full = len(drafts) == min(_FRAME_DRAFTS, self._chunk)
+            full = len(drafts) == min(_FRAME_DRAFTS, self._chunk, room)
             if full or following.source == "draft" or not self._fits(drafts[-1].position + 1):
                 break
             following = self._match([*self._ids, *self._tree.path(drafts[-1])])
@@ -280,7 +294,7 @@ class DraftedTokens:
         """
         first = self._steps.popleft()
         held, prompt = first is self._tree.root, len(self._ids) == self._prompt
-        tokens, report = self._back.collect()
+        tokens, report, bytes_up = self._back.collect()
         if held != bool(tokens):
             raise ProtocolError(
                 "BAD_RESULT",
@@ -288,6 +302,16 @@ class DraftedTokens:
             )
         if held and first.guess is None and not prompt:
             self._pace.answered(report.wait_s, report.server_decode_s + report.server_compute_s)
+        if self._controller is not None and held and first.guess is None:
+            device_s, rows = self._root_sent
+            self._controller.observe(
+                bytes_up=report.bytes_up if prompt else bytes_up,
+                device_s=device_s,
+                server_s=report.server_s,
+                link_s=report.wait_s - report.server_s,
+                prompt=prompt,
+                alone=rows == 1,
+            )
         taken = [(token, self._confirm(token)) for token in tokens]
         if tokens:
             self._tree.settle()
@@ -299,6 +323,7 @@ class DraftedTokens:
         """Take the next sure token; its source."""
         root = self._tree.root
         self._ids.append(token)
+        self._sure_at = perf_counter()
         if self._ngrams is not None:
             self._ngrams.extend([token])
         guesses = [child.guess for child in root.children if child.guess is not None]
@@ -321,4 +346,5 @@ class DraftedTokens:
             front_onnxruntime_s=onnxruntime_s,
             total_s=seconds,
             report=report,
+            level=self._controller.level if self._controller is not None else None,
         )

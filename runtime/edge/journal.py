@@ -10,20 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ...devices.budget import JOURNAL_BYTES
 from ...errors import LinkError
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import renumbered_step
 
-JOURNAL_BYTES = 64 << 20  # a context of 4096 positions at 16 kB each; klt takes a hundredth of that
 
-
-@dataclass
+@dataclass(slots=True)
 class _Entry:
     step: int
     position: int
     message: bytes
     goes_on: bool  # it is done only if the session ends where it begins
-    void: bool = False  # it went on from a wrong guess, and did nothing
 
 
 class Journal:
@@ -61,9 +59,12 @@ class Journal:
             first = result.length - len(tokens) + 1
             self._chosen += [(result.step, first + index, token) for index, token in enumerate(tokens)]
             return
-        for entry in reversed(self._entries):
-            if entry.step == result.step:
-                entry.void = entry.goes_on
+        for index in reversed(range(len(self._entries))):
+            entry = self._entries[index]
+            if entry.step == result.step and entry.goes_on:  # from a wrong guess: it did nothing
+                del self._entries[index]
+                self._bytes -= len(entry.message)
+                return
 
     @property
     def messages(self) -> list[bytes]:
@@ -127,7 +128,7 @@ class Journal:
         self._entries += reversed(kept)
 
     def _done(self, acknowledged: int) -> list[_Entry]:
-        return [entry for entry in self._entries if entry.step <= acknowledged and not entry.void]
+        return [entry for entry in self._entries if entry.step <= acknowledged]
 
 
 def context_of(opening: Sequence[int], chosen: Sequence[int]) -> list[int]:

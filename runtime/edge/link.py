@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ...devices.budget import JOURNAL_BYTES
 from ...errors import LinkError, RequestError
 from ...quant.codec import Codec
 from ..sampling import Sampling
@@ -29,7 +30,7 @@ from ..wire.kv import encode_rows
 from ..wire.security import ChannelSecurity
 from ..wire.transport import PIPELINE_DEPTH, RESULTS_KEPT
 from .generate import Move, Replay, StepReport
-from .journal import JOURNAL_BYTES, Journal
+from .journal import Journal
 from .remote_session import Peers, RemoteSession
 from .verification import Answer, Question, checked_tokens
 
@@ -246,12 +247,12 @@ class RemoteBack:
         message = step_message(step, position, len(hidden), True, payload, drafts)
         ids = tuple(token_ids)
         trip = self.round_trips + 1
-        self._questions.append(Question(step, position, ids, drafted, trip, encoded - started, encoded))
+        self._questions.append(Question(step, position, ids, drafted, trip, encoded - started, encoded, len(message)))
         session.send(message, position)
 
-    def answered(self) -> bool:
-        """Whether `collect` need not wait for the server, as far as one can see."""
-        return self._session.ready
+    def answered(self, *, within_s: float = 0.0) -> bool:
+        """Whether `collect` need not wait for the server, as far as one can see; waits so long to see it."""
+        return self._session.wait(within_s)
 
     def collect(self) -> Answer:
         """Wait for the tokens of the oldest submitted step.
@@ -278,13 +279,13 @@ class RemoteBack:
             bytes_up=bytes_up,
             bytes_down=session.bytes_down - bytes_down,
             encode_s=question.encode_s,
-            wait_s=perf_counter() - question.encoded,
+            wait_s=max(0.0, session.received_at - question.encoded),
             server_decode_s=last.decode_us / 1e6,
             server_queue_s=last.queue_us / 1e6,
             server_compute_s=last.compute_us / 1e6,
             onnxruntime_s=last.onnxruntime_us / 1e6,
         )
-        return Answer(checked_tokens(question, last), report)
+        return Answer(checked_tokens(question, last), report, question.bytes_up)
 
     def send_rows(self, rows: NDArray[Any], position: int, first_layer: int) -> StepReport:
         """Send keys and values of consecutive positions, which the device's own copy of the back computed.

@@ -19,7 +19,7 @@ from ..back import BackEngine
 from ..bundle import Bundle, open_bundle
 from ..codecs import checked_level, default_codec, open_levels
 from ..draft_bundle import Draft, open_draft
-from ..memory import check_session, process_limit_mb
+from ..memory import check_session, kept_bytes, process_limit_mb
 from ..sampling import Sampling
 from ..segments import AbsentEmbedding, Embedding, Head, LayerStack
 from ..skipping import NO_BYPASS, Bypass, SkipSchedule, bypass_order, halves, running_layers
@@ -31,6 +31,7 @@ from .exiting import ExitTokens
 from .generate import PREFILL_CHUNK, Back, LocalBack, Token, generate_tokens
 from .handover import HandOver, MovingBack, OwnBack
 from .stream import Generation, TextStream, TokenStream
+from .timely import RESERVE_S, TimelyTokens
 from .trained_draft import TrainedDraft
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ class EdgeModel:
             exit_agreement: the device takes the trained draft's token without asking the server where the draft is so
                 sure that at least this share of all tokens is what the full model would have chosen after the same
                 ones, by a calibration whose risk is `isthmus.runtime.exits.RISK`. The text is no longer exactly the
-                full model's. Greedy, undrafted generations only.
+                full model's. Greedy, undrafted generations only. With a deadline a token is taken so only if the answer
+                is late; 0 promises nothing, and takes it however unsure the draft is.
             skip_schedule: generated tokens leave blocks of layers out, on both sides, ever more of them as the text
                 goes on. The text is no longer the full model's.
 
@@ -134,13 +136,13 @@ class EdgeModel:
                 f"context={context}: must lie between 2 and {manifest.max_length}, for which this bundle was exported"
             )
         self._server, self._deadline_ms = server, deadline_ms
-        self._on_server_loss = self._checked_policy(on_server_loss, exits=exit_agreement is not None)
+        exits = exit_agreement is not None
+        self._on_server_loss = self._checked_policy(on_server_loss, exits=exits and deadline_ms is None)
         if draft_length is not None and not 1 <= draft_length <= MAX_DRAFTS:
             raise RequestError(f"draft length {draft_length}: must lie between 1 and {MAX_DRAFTS}")
         self._draft = self._checked_draft(draft)
         self._skip_schedule = skip_schedule
         self._bypass(1)  # a schedule that this bundle cannot keep is an error now
-        exits = exit_agreement is not None
         trained = open_draft(bundle) if exits or self._draft in ("auto", "chain", "tree") else None
         if self._draft in ("chain", "tree") and trained is None:
             raise RequestError(
@@ -148,8 +150,10 @@ class EdgeModel:
             )
         self._exit_threshold = None if exit_agreement is None else self._checked_exit(exit_agreement, bundle, trained)
         limit_mb = process_limit_mb(memory_limit_mb)
-        check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=limit_mb, draft=trained)
-        self._levels = open_levels(bundle, codec or default_codec(bundle))
+        codec = codec or default_codec(bundle)
+        kept = kept_bytes(codec, manifest.architecture.d_model) if self._replays else 0
+        check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=limit_mb, draft=trained, kept_bytes=kept)
+        self._levels = open_levels(bundle, codec)
         self._level = checked_level(self._levels, level)
         self._bundle, self._security = bundle, security
         self._controller()  # a deadline of no use is an error now
@@ -292,19 +296,14 @@ class EdgeModel:
             "end_tokens": self.manifest.end_tokens if end_tokens is None else end_tokens,
         }
         drafts = None
-        if exits and self._exit_threshold is not None and trained is not None:
-            exiting = ExitTokens(
-                self._embedding,
-                front,
-                cast("RemoteBack", back),
-                ids,
-                draft=trained,
-                threshold=self._exit_threshold,
-                alone=self._on_server_loss == "local",
-                split=self.manifest.split,
-                **options,
-            )
-            tokens = iter(exiting)
+        threshold = self._exit_threshold if exits else None
+        if threshold is not None and trained is not None and (controller is None or self._verifies(back)):
+            sources: Any = (self._embedding, front, cast("RemoteBack", back), ids)
+            options |= {"draft": trained, "threshold": threshold, "split": self.manifest.split}
+            if controller is None:
+                tokens = iter(ExitTokens(*sources, alone=self._on_server_loss == "local", **options))
+            else:
+                tokens = iter(TimelyTokens(*sources, controller=controller, **options))
         elif mode != "off" and hand_over is None and self._verifies(back):
             drafted = DraftedTokens(
                 self._embedding,
@@ -317,6 +316,7 @@ class EdgeModel:
                 pace=self._pace,
                 length=self._draft_length,
                 overlap=self._overlap,
+                controller=controller,
                 **options,
             )
             tokens, drafts = iter(drafted), drafted.counts
@@ -414,7 +414,8 @@ class EdgeModel:
             raise RequestError(
                 f"a deadline needs a codec with levels: {self._levels[0].name} has none; choose klt, tabq or tabq-rans"
             )
-        return Controller(self._deadline_ms / 1e3, level=self._level, levels=len(self._levels))
+        reserve_s = RESERVE_S if self._exit_threshold is not None else 0.0
+        return Controller(self._deadline_ms / 1e3, level=self._level, levels=len(self._levels), reserve_s=reserve_s)
 
     def _bypass(self, prompt_tokens: int) -> Bypass:
         """The blocks that a generation leaves out."""
@@ -439,7 +440,7 @@ class EdgeModel:
         if policy == "local" and not (whole or exits):
             raise RequestError(
                 "on_server_loss='local': the device has no layers to go on with; export with --device-layers all, "
-                "give an exit agreement to go on with the draft, or choose replay"
+                "give an exit agreement and no deadline to go on with the draft, or choose replay"
             )
         if policy in ("replay", "wait") and whole:
             raise RequestError(
@@ -456,8 +457,6 @@ class EdgeModel:
             reason = "the device runs all layers itself, there is no round trip to save"
         elif self.manifest.whole_on_device:
             reason = "this bundle's sessions move between device and server, and drafts do not move with them"
-        elif self._deadline_ms is not None:
-            reason = "a deadline is kept for single tokens"
         if reason is None or draft == "off":
             return draft
         if draft != "auto":
@@ -471,14 +470,14 @@ class EdgeModel:
             reason = "the device runs all layers itself, there is no round trip to save"
         elif self.manifest.whole_on_device:
             reason = "this bundle's sessions move between device and server, and exited tokens do not move with them"
-        elif self._deadline_ms is not None:
-            reason = "a deadline is kept for tokens of the server"
         elif self._skip_schedule is not None:
             reason = "exits are calibrated at full depth, and a skip schedule was given"
         elif self._draft not in ("auto", "off"):
             reason = f"with exits nothing is drafted, and draft={self._draft!r} was asked for"
         if reason is not None:
             raise RequestError(f"exit agreement {agreement:g}: {reason}; leave one of them out")
+        if draft is not None and agreement == 0 and self._deadline_ms is not None:
+            return 0.0
         if draft is None or draft.record.exits is None:
             missing = (
                 "trained draft; run `isthmus distill`"
@@ -502,6 +501,11 @@ class EdgeModel:
             logger.warning("%s is too old to verify drafts, a token takes a round trip; update it", self._server)
         self._told_old = True
         return False
+
+    @property
+    def _replays(self) -> bool:
+        """Whether a session that is lost with its server is made again."""
+        return bool(self._server) and self._on_server_loss in ("replay", "wait")
 
     @property
     def server(self) -> str | None:

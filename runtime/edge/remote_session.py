@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...devices.budget import JOURNAL_BYTES
 from ...errors import LinkError, ProtocolError, SecurityError
 from ..sampling import Sampling
 from ..skipping import NO_BYPASS, Bypass
@@ -19,7 +20,7 @@ from ..wire.security import ChannelSecurity
 from ..wire.stream import ClientStream, DamagedMessageError
 from ..wire.transport import PIPELINE_DEPTH, RESULTS_KEPT
 from .generate import Replay
-from .journal import JOURNAL_BYTES, Journal, context_of
+from .journal import Journal, context_of
 
 if TYPE_CHECKING:
     from .model import OnServerLoss
@@ -112,9 +113,13 @@ class RemoteSession:
         return self._stream is not None
 
     @property
-    def ready(self) -> bool:
-        """Whether `receive` would not wait for the server."""
-        return self._live_stream().ready
+    def received_at(self) -> float:
+        """`time.perf_counter` when the last message came in that `receive` took."""
+        return self._live_stream().received_at
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for at most so long; whether `receive` would not wait for the server then."""
+        return self._live_stream().wait(seconds)
 
     def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int], bypass: Bypass = NO_BYPASS) -> None:
         """Begin it on the first server that grants it, see `isthmus.runtime.edge.link.RemoteBack.open`."""

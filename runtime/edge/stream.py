@@ -27,6 +27,7 @@ class Generation:
         codec: what the hidden states were sent in; ``none`` if the device runs the whole model.
         deadline_ms: for each token but the first, if there was one.
         level_changes: of the codec, to keep the deadline.
+        least_drafts: to which it bounded the drafts at its tightest; None if it did not.
         moves: of a session that went from the device to the server, or back.
         drafts: what came of them, if there were any.
         prompt_ids: token ids of the prompt.
@@ -48,6 +49,7 @@ class Generation:
     tokens: list[Token] = field(repr=False)
     deadline_ms: float | None = None
     level_changes: tuple[LevelChange, ...] = ()
+    least_drafts: int | None = None
     moves: tuple[Move, ...] = ()
     drafts: DraftCounts = field(default_factory=DraftCounts)
     prompt_ids: list[int] = field(default_factory=list)
@@ -172,6 +174,11 @@ class TokenStream:
         return () if self._controller is None else tuple(self._controller.changes)
 
     @property
+    def least_drafts(self) -> int | None:
+        """To which drafts were bounded at the tightest so far, to keep the deadline; None if they were not."""
+        return None if self._controller is None else self._controller.least_drafts
+
+    @property
     def moves(self) -> tuple[Move, ...]:
         """Where the session went, so far."""
         return tuple(self._back.moves)
@@ -260,6 +267,7 @@ class TextStream:
             tokens=self._done,
             deadline_ms=self._tokens.deadline_ms,
             level_changes=self._tokens.level_changes,
+            least_drafts=self._tokens.least_drafts,
             moves=self._tokens.moves,
             replays=self._tokens.replays,
             drafts=self._tokens.drafts,

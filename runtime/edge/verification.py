@@ -18,6 +18,7 @@ class Question(NamedTuple):
         trip: round trips, one after the other, until its answer is in.
         encode_s: that the codec took.
         encoded: `time.perf_counter` after that.
+        bytes_up: of its message.
     """
 
     step: int
@@ -27,6 +28,7 @@ class Question(NamedTuple):
     trip: int
     encode_s: float
     encoded: float
+    bytes_up: int = 0
 
     @property
     def continues(self) -> bool:
@@ -45,13 +47,17 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The tokens of a step: the first guesses, as many as were right, and one more.
+    """What a step gave.
 
-    None if the step went on from a wrong guess.
+    Attributes:
+        tokens: the first guesses, as many as were right, and one more; none if the step went on from a wrong guess.
+        report: what it cost; bytes are those that crossed since the last report.
+        bytes_up: of the step itself.
     """
 
     tokens: tuple[int, ...]
     report: StepReport
+    bytes_up: int = 0
 
 
 def checked_tokens(question: Question, result: pb.Result) -> tuple[int, ...]:

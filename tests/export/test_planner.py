@@ -14,6 +14,7 @@ from isthmus.devices.profile import load_profile
 from isthmus.errors import PlanError
 from isthmus.export.accuracy import AccuracyTable, CodecPoint, accuracy_path
 from isthmus.export.checkpoint import open_checkpoint
+from isthmus.export.draft_costs import DRAFT_LENGTHS, DraftFigures, Wait
 from isthmus.export.grid import Grid
 from isthmus.export.limits import Limits
 from isthmus.export.plan import read_plan
@@ -159,6 +160,53 @@ def test_sending_token_ids_costs_what_a_step_of_them_does_and_needs_no_weights(e
     assert {(c.split, c.codec, c.level, c.bytes_per_token) for c in candidates} == {(0, "ids", -1, 23)}
     one = min(c.memory_mb for c in everything if c.mode == "split")
     assert all(c.memory_mb < one for c in candidates)
+
+
+WAIT = Wait(drafts=10, wrong=4.0, gap=1.5, acceptance=(0.5, 0.7, 0.8))
+DRAFT = DraftFigures(split=3, d_ff=1024, vocabulary=4608, waits=(WAIT,))
+
+
+@pytest.fixture(scope="module")
+def drafting() -> Grid:
+    """With a draft for split 3."""
+    return dataclasses.replace(grid(device="raspberry-pi-5", link="lte"), draft=DRAFT)
+
+
+def test_cuts_with_a_draft_are_planned_with_every_length_and_others_with_none(drafting):
+    candidates = drafting.candidates()
+    assert {c.draft_length for c in candidates if c.mode == "split" and c.split == 3} == {0, *DRAFT_LENGTHS}
+    others = [c for c in candidates if c.mode != "split" or c.split != 3 or c.front_bits < 4]
+    assert {c.draft_length for c in others} == {0}
+    undrafted = dataclasses.replace(drafting, draft=None).candidates()
+    assert sorted(map(repr, undrafted)) == sorted(repr(c) for c in candidates if not c.draft_length)
+
+
+def test_a_draft_costs_memory_and_bytes_and_no_accuracy(drafting):
+    same = {"mode": "split", "split": 3, "front_bits": 4, "back_bits": 8, "kv_bits": 8, "codec": "klt", "level": 1}
+    found = {
+        c.draft_length: c
+        for c in drafting.candidates()
+        if all(getattr(c, name) == value for name, value in same.items())
+    }
+    plain, drafted = found[0], found[4]
+    # 2.2 million weights of the layer in 8 bits and 2.7 million of the head in 4; cache and states of 1024 positions.
+    assert drafted.memory_mb - plain.memory_mb == pytest.approx(3 + 2.8 + 1.7 + 3.9, abs=1.5)
+    assert drafted.bytes_per_token > plain.bytes_per_token * 0.99
+    assert (drafted.drop, drafted.drop_se, drafted.ttft_ms) == (plain.drop, plain.drop_se, plain.ttft_ms)
+    assert drafted.ms_per_token < plain.ms_per_token < drafted.worst_ms
+
+
+def test_the_parts_of_a_drafted_token_s_time_are_its_time(drafting):
+    candidate = next(c for c in drafting.candidates() if c.draft_length == 4)
+    parts = drafting.time_parts(candidate)
+    assert sum(parts.values()) == pytest.approx(candidate.ms_per_token)
+    assert min(parts.values()) >= 0
+
+
+def test_the_chosen_one_is_still_the_fastest_that_fits(drafting):
+    report = search(drafting)
+    fitting = [c for c in drafting.candidates() if drafting.feasible(c)]
+    assert report.chosen.ms_per_token <= 1.03 * min(c.ms_per_token for c in fitting)
 
 
 def test_without_a_server_only_the_device_is_planned():

@@ -30,9 +30,18 @@ class Run:
     """A generation over a link that changes from phase to phase, without a clock."""
 
     def __init__(
-        self, phases: list[Phase], deadline_ms: float, *, level: int = 2, hiccups: float = 0.0, seed: int = 0
+        self,
+        phases: list[Phase],
+        deadline_ms: float,
+        *,
+        level: int = 2,
+        fixed: int | None = None,
+        noise_ms: float = 1.0,
+        hiccups: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self._rng = np.random.default_rng(seed)
+        self._noise_ms = noise_ms
         self._hiccups = hiccups
         self.controller = Controller(deadline_ms / 1e3, level=level, levels=len(SIZES))
         self.controller.expect(SIZES)
@@ -45,11 +54,11 @@ class Run:
             self.late.append([])
             self.levels.append([])
             for _ in range(count):
-                level = self.controller.level
+                level = self.controller.level if fixed is None else fixed
                 size = int(SIZES[level] * self._rng.normal(1, 0.1)) + 24
                 times = (
                     (DEVICE_MS + abs(self._rng.normal(0, 0.3))) / 1e3,
-                    (SERVER_MS + abs(self._rng.normal(0, 0.6))) / 1e3,
+                    (SERVER_MS + abs(self._rng.normal(0, 0.6 * noise_ms))) / 1e3,
                     self._link_s(size, rtt_ms, mbit_s),
                 )
                 self.controller.observe(bytes_up=size, device_s=times[0], server_s=times[1], link_s=times[2])
@@ -57,9 +66,9 @@ class Run:
                 self.levels[-1].append(level)
 
     def _link_s(self, bytes_: int, rtt_ms: float, mbit_s: float) -> float:
-        """Both ways, with what TLS and HTTP add, and a millisecond of noise."""
+        """Both ways, with what TLS and HTTP add, and noise."""
         hiccup = self._rng.exponential(80) if self._rng.random() < self._hiccups else 0.0
-        return (rtt_ms + 8e-3 * (bytes_ + 130) / mbit_s + abs(self._rng.normal()) + hiccup) / 1e3
+        return (rtt_ms + 8e-3 * (bytes_ + 130) / mbit_s + abs(self._rng.normal(0, self._noise_ms)) + hiccup) / 1e3
 
 
 GOOD, SLOW = (40.0, 10.0), (40.0, 0.2)
@@ -74,6 +83,21 @@ def test_it_keeps_the_deadline_over_a_link_that_falls_and_recovers(seed):
     for phase in (0, 2):  # the finest, where the link allows it
         assert run.levels[phase][-100:] == [0] * 100
     assert min(run.levels[1][10:]) > 0
+
+
+@pytest.mark.parametrize("noise_ms", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("deadline_ms", [58, 60, 62, 64, 66])
+def test_hardly_more_tokens_are_late_than_at_the_coarsest_level_even_if_that_is_too_slow(noise_ms, deadline_ms):
+    phases = [(100, *GOOD), (200, *SLOW), (100, *GOOD)]
+    coarsest, finest, paced = (
+        sum(
+            sum(map(sum, Run(phases, deadline_ms, fixed=fixed, noise_ms=noise_ms, seed=seed).late)) for seed in range(2)
+        )
+        for fixed in (len(SIZES) - 1, 0, None)
+    )
+    assert paced <= coarsest + 2 * 12  # it has to see that the link fell, and to try finer levels when it recovers
+    if coarsest < 0.04 * finest:
+        assert paced < 0.1 * finest
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -123,6 +147,25 @@ def test_a_slow_server_counts_as_well():
         run.controller.observe(bytes_up=270, device_s=0.003, server_s=0.015, link_s=0.056)
     assert run.controller.level > 0
     assert "server 1" in run.controller.changes[-1].reason  # 8 ms before
+
+
+def test_drafts_are_bounded_by_what_the_link_carries_while_it_waits_and_free_again_when_it_recovers():
+    run = Run([(100, *GOOD)], deadline_ms=80)
+    assert (run.controller.drafts, run.controller.least_drafts) == (24, None)
+    assert 1 <= Run([(100, *SLOW)], deadline_ms=80).controller.drafts <= 8
+    assert Run([(100, 40, 0.05)], deadline_ms=80).controller.drafts <= 2
+    assert Run([(100, 40, 0.01)], deadline_ms=80).controller.drafts == 0
+    again = Run([(100, *GOOD), (60, 40, 0.05), (100, *GOOD)], deadline_ms=80).controller
+    assert again.drafts == 24
+    assert again.least_drafts <= 2
+
+
+def test_the_bound_on_drafts_does_not_oscillate_on_a_steady_link(caplog):
+    caplog.set_level("INFO", "isthmus")
+    for rate in (0.1, 0.2, 0.5, 1.0):
+        caplog.clear()
+        Run([(600, 40, rate)], deadline_ms=80)
+        assert caplog.text.count("drafts on the way") <= 6
 
 
 def test_changes_tell_token_levels_and_why():
@@ -232,8 +275,8 @@ def generate(calibrated: Path, server: BackServer) -> Callable[..., Generation]:
     def run(link: LinkProfile = LINKS["loopback"], drop: DropAfter | None = None, **options: Any) -> Generation:
         host, _, port = server.address.rpartition(":")
         with LinkProxy(("127.0.0.1", 0), (host, int(port)), link, drop=drop) as proxy:
-            security = ChannelSecurity(insecure=True)
-            model = EdgeModel(calibrated / "device", server=proxy.address, security=security, threads=1, **options)
+            options = {"security": ChannelSecurity(insecure=True), "draft": "off", "threads": 1} | options
+            model = EdgeModel(calibrated / "device", server=proxy.address, **options)
             return model.generate(PROMPT, max_new_tokens=48)
 
     return run

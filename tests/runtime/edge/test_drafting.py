@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from isthmus.cli.main import main
 from isthmus.errors import ProtocolError, RequestError
-from isthmus.runtime.edge.drafting import MAX_DRAFTS
+from isthmus.export.plan import Candidate, Plan
+from isthmus.runtime.bundle import open_bundle
+from isthmus.runtime.edge.controller import Controller
+from isthmus.runtime.edge.drafting import MAX_DRAFTS, DraftedTokens
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.edge.verification import Answer
 from isthmus.runtime.sampling import Sampling
@@ -155,10 +161,31 @@ def test_drafts_where_nothing_crosses_a_link_are_refused(tiny, folder, address):
     with pytest.raises(RequestError, match="no round trip"):
         EdgeModel(tiny.bundle(bits=4) / "device", draft="ngram")
     assert EdgeModel(tiny.bundle(bits=4) / "device").generate("x", max_new_tokens=4).drafts.drafted == 0
-    with pytest.raises(RequestError, match="deadline"):
-        open_model(folder, address, codec="tabq", deadline_ms=50, draft="ngram")
     with pytest.raises(RequestError, match="one of auto"):
         open_model(folder, address, draft="forest")
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "wait"])
+def test_a_deadline_is_kept_with_drafts_and_without_more_than_it_allows(folder, address, eager, monkeypatch, overlap):
+    model = open_model(folder, address, codec="tabq", level=0, overlap=overlap, deadline_ms=60_000)
+    result = model.generate(PROMPT, max_new_tokens=100)
+    assert result.token_ids == model.generate(PROMPT, max_new_tokens=100, draft="off").token_ids
+    assert result.drafts.accepted > 0
+    assert {token.level for token in result.tokens} == {0}
+    for allowed in (0, 1):
+        on_the_way: list[int] = []
+        monkeypatch.setattr(Controller, "_bound_drafts", lambda self, allowed=allowed: setattr(self, "drafts", allowed))
+        monkeypatch.setattr(DraftedTokens, "_run", _noting(on_the_way))
+        model.generate(PROMPT, max_new_tokens=100)
+        assert max(on_the_way[40:]) == allowed  # the first were before the controller had seen a token
+
+
+def _noting(on_the_way: list[int], run: Any = DraftedTokens._run) -> Any:
+    def noting(self: DraftedTokens, nodes: Any) -> None:
+        on_the_way.append(len(self._steps) + len(self._unsent) + len(nodes) - 1 if nodes[0].guess is not None else 0)
+        run(self, nodes)
+
+    return noting
 
 
 def test_token_ids_are_drafted_for_a_device_without_layers(tiny, eager):
@@ -200,3 +227,52 @@ def test_a_cut_link_changes_no_drafted_token(folder, address, eager, make_proxy)
             if number in (3, 20, 60):
                 proxy.cut()
     assert stream.result.token_ids == expected
+
+
+@pytest.mark.parametrize(("length", "drafted"), [(0, False), (2, True)])
+def test_generate_drafts_as_a_plan_says(folder, address, eager, tmp_path, capsys, length, drafted):
+    command = [
+        "generate",
+        str(folder / "device"),
+        "-p",
+        PROMPT,
+        "-n",
+        "60",
+        "--server",
+        address,
+        "--insecure",
+        "--json",
+    ]
+    assert main([*command, "--plan", str(planned(folder, tmp_path, length))]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["drafted"] > 0) == drafted
+    assert main([*command, "--plan", str(planned(folder, tmp_path, length)), "--draft", "ngram"]) == 0
+    assert json.loads(capsys.readouterr().out)["token_ids"] == result["token_ids"]
+
+
+def test_a_plan_with_drafts_needs_a_bundle_with_a_draft(folder, address, tmp_path, capsys):
+    shutil.copytree(folder / "device", tmp_path / "device", ignore=shutil.ignore_patterns("draft"))
+    command = ["generate", str(tmp_path / "device"), "-p", PROMPT, "--server", address, "--insecure"]
+    assert main([*command, "--plan", str(planned(folder, tmp_path, 4))]) == 1
+    assert "the plan drafts 4 tokens, this bundle has no trained draft" in capsys.readouterr().err
+
+
+def planned(folder: Path, tmp_path: Path, length: int) -> Path:
+    """A plan file for the bundle."""
+    manifest = open_bundle(folder, "device").manifest
+    chosen = Candidate(
+        mode="split",
+        split=manifest.split,
+        front_bits=manifest.front_bits,
+        back_bits=manifest.back_bits,
+        kv_bits=32,
+        codec="raw32",
+        level=-1,
+        draft_length=length,
+        **dict.fromkeys(("memory_mb", "server_memory_mb", "ttft_ms", "ms_per_token", "worst_ms"), 1.0),
+        **dict.fromkeys(("bytes_per_token", "drop", "time_uncertainty", "drop_se"), 1.0),
+    )
+    source = manifest.source
+    plan = Plan(source.name, source.files, chosen, 256, None, "device", "link", "server")
+    plan.write(tmp_path / "plan.toml")
+    return tmp_path / "plan.toml"

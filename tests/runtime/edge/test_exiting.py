@@ -179,7 +179,8 @@ def test_one_generation_can_leave_exits_out(calibrated, repeating_address, plain
         ({"exit_agreement": 1.0}, "between 0 and 1"),
         ({"exit_agreement": 0.9999}, "cannot promise"),
         ({"draft": "chain"}, "nothing is drafted"),
-        ({"deadline_ms": 50, "codec": "tabq"}, "a deadline"),
+        ({"deadline_ms": 50, "codec": "tabq", "on_server_loss": "local"}, "no deadline"),
+        ({"exit_agreement": 0.0}, "between 0 and 1"),
         ({"exit_agreement": None, "on_server_loss": "local"}, "to go on with"),
     ],
 )
