@@ -35,7 +35,7 @@ from .remote_session import Peers, RemoteSession
 from .verification import Answer, Question, checked_tokens
 
 if TYPE_CHECKING:
-    from .model import OnServerLoss
+    from .options import OnServerLoss
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from .generate import Replay
 from .journal import Journal, context_of
 
 if TYPE_CHECKING:
-    from .model import OnServerLoss
+    from .options import OnServerLoss
 
 logger = logging.getLogger(__name__)  # gets texts of errors: a record that is kept would keep their connections
 
