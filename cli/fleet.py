@@ -43,7 +43,11 @@ def run(args: argparse.Namespace) -> int:
     from ..runtime.server.limits import ServerLimits
 
     security = server_security(args)
-    chosen = {"max_sessions": args.max_sessions, "lease_s": args.lease}
+    chosen = {
+        "max_sessions": args.max_sessions,
+        "lease_s": args.lease,
+        "frames_per_s_per_device": args.device_frames,
+    }
     plan = FleetPlan.of(
         workers=args.workers,
         least=args.min_workers,

@@ -24,6 +24,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device-kv", metavar="SIZE", help="such as 500MB: KV caches of one device (default: 4GiB)")
     parser.add_argument(
+        "--prefix-cache",
+        metavar="SIZE",
+        help="memory for keys and values that later sessions with the same beginning need not compute; 0 keeps none "
+        "(default: 64MB)",
+    )
+    parser.add_argument(
+        "--prefix-cache-shared",
+        action="store_true",
+        help="devices that certificates or tokens tell apart use each other's, too: one can then find out by the time of "
+        "an answer what another has asked",
+    )
+    parser.add_argument(
         "--max-batch",
         type=int,
         metavar="N",
@@ -79,6 +91,12 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         help="how long a session outlives its connection (default: 30)",
     )
     parser.add_argument(
+        "--device-frames",
+        type=float,
+        metavar="N",
+        help="frames a second of one device, where they show certificates or tokens; those above wait (default: 1000)",
+    )
+    parser.add_argument(
         "--metrics",
         metavar="HOST:PORT",
         help="where Prometheus and `isthmus top` may ask for metrics (default: nowhere)",
@@ -104,6 +122,12 @@ def server_security(args: argparse.Namespace) -> ServerSecurity:
         revoked=args.revoked,
         tokens=args.tokens,
     )
+
+
+def _cache_bytes(size: str) -> int:
+    from ..devices.budget import parse_megabytes
+
+    return 0 if size.strip() == "0" else int(1e6 * parse_megabytes(size))
 
 
 class _Drain(Exception):  # noqa: N818  (a wish, not a failure)
@@ -133,6 +157,9 @@ def run(args: argparse.Namespace) -> int:
         "max_sessions": args.max_sessions,
         "max_sessions_per_device": args.device_sessions,
         "kv_bytes_per_device": int(1e6 * parse_megabytes(args.device_kv)) if args.device_kv else None,
+        "frames_per_s_per_device": args.device_frames,
+        "prefix_cache_bytes": _cache_bytes(args.prefix_cache) if args.prefix_cache else None,
+        "prefixes_shared": args.prefix_cache_shared,
         "max_batch": args.max_batch,
         "lease_s": args.lease,
     }

@@ -126,6 +126,7 @@ class Front:
                 # What the workers say themselves: sessions on their lease and those that were left behind, too.
                 "workers_sessions": lambda: sum(backend.report.sessions for backend in fleet.backends),
                 "workers_kv_bytes": lambda: sum(backend.report.kv_bytes for backend in fleet.backends),
+                "frames_held": lambda: self._service.frames.held,
                 "kv_budget_bytes": lambda: sum(backend.kv_budget for backend in fleet.backends),
             }
         ).serve(self._metrics_listen)

@@ -11,6 +11,7 @@ import grpc
 
 from ...quant.codec import CODECS
 from ..server.admission import ANYONE, NOT_ACCEPTED, Admission
+from ..server.frame_rate import FrameRate
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import (
     Refusal,
@@ -42,12 +43,14 @@ class FrontService:
 
     Attributes:
         draining: no session begins any more.
+        frames: that the devices send.
     """
 
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
         self.draining = False
         self._fleet = fleet
         self._admission = admission
+        self.frames = FrameRate(fleet.options.limits.frames_per_s_per_device)
         self._streams: set[_Stream] = set()
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
@@ -166,6 +169,8 @@ class _Stream:
     async def _read(self) -> None:
         """Pass on what belongs to the session, and hand over what may begin one."""
         while isinstance(data := await self._context.read(), bytes):
+            if self._owner != ANYONE and (delay := self._service.frames.wait(self._owner)):
+                await asyncio.sleep(delay)
             await self._ready.wait()
             opened, call = self._seals.open(data), self._call
             if opened is None and call is not None:  # the worker sees that, too, and knows what to ask for again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -92,8 +93,14 @@ class Worker:
         """
         from ..server.server import BackServer
 
-        # To a worker all sessions are the front's, which counts those of each device.
-        limits = replace(options.limits, max_sessions_per_device=options.limits.max_sessions)
+        # To a worker all sessions are the front's, which counts those of each device, and their frames. It cannot tell
+        # whose prompts are whose.
+        limits = replace(
+            options.limits,
+            max_sessions_per_device=options.limits.max_sessions,
+            frames_per_s_per_device=math.inf,
+            prefix_cache_bytes=0,
+        )
         self._files = tempfile.TemporaryDirectory(prefix="isthmus-worker-")  # readable by its owner alone
         security, memory = identity.write(Path(self._files.name)), options.memory_limit_mb
         if later:
