@@ -32,8 +32,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefix-cache-shared",
         action="store_true",
-        help="devices that certificates or tokens tell apart use each other's, too: one can then find out by the time of "
-        "an answer what another has asked",
+        help="devices that certificates or tokens tell apart use each other's, too: one can then find out by the time "
+        "of an answer what another has asked",
     )
     parser.add_argument(
         "--max-batch",

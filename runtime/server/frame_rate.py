@@ -11,8 +11,8 @@ BURST_S = 1.0  # of frames that may come at once: a prompt's, or drafts
 class FrameRate:
     """A bucket of tokens for each device, as the generic cell rate algorithm (ITU-T I.371) keeps it: by one time.
 
-    Nothing is refused: a frame too many waits for its turn, and what lies behind it stays in the network, where HTTP/2's
-    flow control holds the device back. So a running generation becomes slower and does not end.
+    Nothing is refused: a frame too many waits for its turn, and what lies behind it stays in the network, where
+    HTTP/2's flow control holds the device back. So a running generation becomes slower and does not end.
 
     Args:
         per_second: frames of one device.

@@ -9,7 +9,6 @@ from ...errors import RequestError
 from ..wire import isthmus_pb2 as pb
 from ..wire.transport import MAX_MESSAGE_BYTES
 
-
 logger = logging.getLogger(__name__)
 
 _MAY_BE_ZERO = ("prefix_cache_bytes", "prefixes_shared")
@@ -31,8 +30,8 @@ class ServerLimits:
     kv_bytes: int = 4 << 30
     # Of one device. By default its sessions alone bound it.
     kv_bytes_per_device: int = 4 << 30
-    # Frames a second of one device, see `isthmus.runtime.server.frame_rate`: more than all its sessions together send of
-    # any model that is worth splitting. Infinite is no limit.
+    # Frames a second of one device, see `isthmus.runtime.server.frame_rate`: more than all its sessions together send
+    # of any model that is worth splitting. Infinite is no limit.
     frames_per_s_per_device: float = 1000.0
     # Keys and values that are kept for later sessions with the same beginning, beside the KV caches; 0 keeps none. At
     # SmolLM2's size 2000 positions: some system prompts, or the last documents that were asked about.
@@ -68,7 +67,7 @@ class ServerLimits:
             )
 
     def within(self, kv_budget: float, longest: float) -> ServerLimits:
-        """These, lowered to what memory there is. Sessions come first: of what one of them leaves, a quarter is for prefixes.
+        """These, lowered to what memory there is. Of what one session of full length leaves, prefixes get a quarter.
 
         Args:
             kv_budget: bytes for keys and values in all, see `isthmus.runtime.memory.kv_budget`.
