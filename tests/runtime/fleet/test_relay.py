@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import pytest
 from isthmus.errors import LinkError, ProtocolError
 from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.sampling import Sampling
+from isthmus.runtime.server.frame_rate import FrameRate
 from isthmus.runtime.wire import isthmus_pb2 as pb
 from isthmus.runtime.wire.authority import Authority
 from isthmus.runtime.wire.framing import hello_message, open_message, step_message
 from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
 from isthmus.runtime.wire.stream import ClientStream
+from isthmus.runtime.wire.tokens import issue_token
 
 INSECURE = ChannelSecurity(insecure=True)
 
@@ -182,3 +185,18 @@ def test_none_but_the_front_enters_a_worker(make_fleet, make_stream, tmp_path, o
     for security in (INSECURE, ChannelSecurity(ca_file=tmp_path / "ca.pem", **files)):
         with pytest.raises((LinkError, ProtocolError)):
             make_stream(address, security=security).receive(10)
+
+
+def test_the_front_counts_a_device_s_frames(make_fleet, make_stream, tmp_path, monkeypatch):
+    monkeypatch.setattr("isthmus.runtime.fleet.relay.FrameRate", lambda rate: FrameRate(rate, clock=lambda: 0.0))
+    tokens = tmp_path / "tokens"
+    names = [ChannelSecurity(insecure=True, token=issue_token(tokens, name)) for name in ("kitchen", "phone")]
+    fleet = make_fleet(1, security=ServerSecurity(insecure=True, tokens=tokens), frames_per_s_per_device=20)
+    for security, steps in zip(names, (22, 18), strict=True):
+        stream = make_stream(fleet.address, security=security)
+        for each in (opening(steps), *(step(number, number - 1) for number in range(1, steps + 1))):
+            stream.send(each)
+        assert bodies(stream, 2 + steps) == ["welcome", "opened", *["result"] * steps]
+        assert fleet.call(lambda: fleet.front._service.frames.held) == 3  # with Open, the first one's
+    limits = fleet.workers[0].server.limits
+    assert (limits.frames_per_s_per_device, limits.prefix_cache_bytes) == (math.inf, 0)

@@ -67,7 +67,7 @@ def test_less_than_one_a_second_and_no_limit_at_all() -> None:
 @pytest.fixture
 def server(engine, user_config, tmp_path: Path, monkeypatch):
     """Of 20 frames a second, by a clock that stands still: the bucket is never filled again."""
-    monkeypatch.setattr("isthmus.runtime.server.server.FrameRate", lambda rate: FrameRate(rate, Clock()))
+    monkeypatch.setattr("isthmus.runtime.server.server.FrameRate", lambda rate: FrameRate(rate, clock=lambda: 0.0))
     security = ServerSecurity(insecure=True, tokens=tmp_path / "tokens")
     for name in ("kitchen", "phone"):
         (tmp_path / name).write_text(issue_token(tmp_path / "tokens", name))
