@@ -191,8 +191,8 @@ def test_the_front_counts_a_device_s_frames(make_fleet, make_stream, tmp_path, m
     monkeypatch.setattr("isthmus.runtime.fleet.relay.FrameRate", lambda rate: FrameRate(rate, clock=lambda: 0.0))
     tokens = tmp_path / "tokens"
     names = [ChannelSecurity(insecure=True, token=issue_token(tokens, name)) for name in ("kitchen", "phone")]
-    fleet = make_fleet(1, security=ServerSecurity(insecure=True, tokens=tokens), frames_per_s_per_device=20)
-    for security, steps in zip(names, (22, 18), strict=True):
+    fleet = make_fleet(1, security=ServerSecurity(insecure=True, tokens=tokens), frames_per_s_per_device=16)
+    for security, steps in zip(names, (18, 15), strict=True):
         stream = make_stream(fleet.address, security=security)
         for each in (opening(steps), *(step(number, number - 1) for number in range(1, steps + 1))):
             stream.send(each)

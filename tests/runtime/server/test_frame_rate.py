@@ -66,12 +66,12 @@ def test_less_than_one_a_second_and_no_limit_at_all() -> None:
 
 @pytest.fixture
 def server(engine, user_config, tmp_path: Path, monkeypatch):
-    """Of 20 frames a second, by a clock that stands still: the bucket is never filled again."""
+    """Of 16 frames a second, by a clock that stands still: the bucket is never filled again."""
     monkeypatch.setattr("isthmus.runtime.server.server.FrameRate", lambda rate: FrameRate(rate, clock=lambda: 0.0))
     security = ServerSecurity(insecure=True, tokens=tmp_path / "tokens")
     for name in ("kitchen", "phone"):
         (tmp_path / name).write_text(issue_token(tmp_path / "tokens", name))
-    limits = ServerLimits(frames_per_s_per_device=20)
+    limits = ServerLimits(frames_per_s_per_device=16)
     with BackServer(engine, security=security, limits=limits, metrics="127.0.0.1:0") as server:
         yield server
 
@@ -86,7 +86,7 @@ def test_a_generation_above_the_rate_waits_and_comes_out_right(server, make_gene
         ChannelSecurity(insecure=True, token=(tmp_path / name).read_text()) for name in ("kitchen", "phone")
     )
     fast = make_generation(server.address, PROMPT, security=kitchen, on_server_loss="fail")
-    assert fast.run(20) == expected(PROMPT, 20)
+    assert fast.run(16) == expected(PROMPT, 16)
     assert held(server) == 2  # of Open, two frames of the prompt, and a frame for each token but the last
     other = make_generation(server.address, PROMPT, security=phone, on_server_loss="fail")
     assert other.run(4) == expected(PROMPT, 4)
