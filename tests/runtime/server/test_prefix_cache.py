@@ -162,6 +162,16 @@ def test_new_tokens_are_kept_too(engine: Any, hidden: Any) -> None:
     assert cache.reused == 2 * BLOCK
 
 
+def test_what_comes_in_place_of_what_was_rolled_back_is_kept_too(engine: Any, hidden: Any) -> None:
+    cache = PrefixCache(ROOM)
+    device = Device(engine, hidden, cache, 0)
+    for text in ([1] * 40, [1] * 20 + [2] * 20, [2] * 40):
+        device.send(text, 0)
+    assert len(cache) == 2 + 1 + 2
+    device.send([1] * 40, 0)
+    assert cache.reused == BLOCK + 2 * BLOCK
+
+
 def test_keys_and_values_that_a_device_made_are_for_itself_alone(engine: Any, hidden: Any) -> None:
     cache = PrefixCache(ROOM)
     liar = Device(engine, hidden, cache, 0)
