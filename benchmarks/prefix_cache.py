@@ -56,7 +56,7 @@ def first_token(model: EdgeModel, ids: list[int]) -> tuple[float, float, int]:
     stream = model.tokens(ids, max_new_tokens=1, end_tokens=(), draft="off")
     try:
         started = perf_counter()
-        token = next(stream)
+        token = next(iter(stream))
         return 1e3 * (perf_counter() - started), 1e3 * token.report.server_s, token.id
     finally:
         stream.close()

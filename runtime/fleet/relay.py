@@ -23,6 +23,7 @@ from ..wire.framing import (
     seal,
     welcome_message,
 )
+from ..wire.security import DEVICE_HEADER
 from ..wire.transport import SERVICE, SESSION_METHOD, SESSION_PATH
 from .fleet import Backend, Fleet, Version, granted
 from .pins import Pin
@@ -281,7 +282,8 @@ class _Stream:
             self._pins.detach(pin)
 
     def _stream_to(self, backend: Backend) -> Call:
-        return backend.channel.stream_stream(SESSION_PATH, None, None)(None)
+        metadata = ((DEVICE_HEADER, self._owner.encode()),)
+        return backend.channel.stream_stream(SESSION_PATH, None, None)(None, metadata=metadata)
 
     async def _first_answer(self, call: Call, data: bytes, backend: Backend) -> bytes | None:
         """Greet a worker as the device did, and ask; the answer, or None if there is none to be had."""

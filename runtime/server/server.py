@@ -29,6 +29,7 @@ from .compute_thread import ComputeThread
 from .frame_rate import FrameRate
 from .health import Health
 from .limits import ServerLimits
+from .prefix_cache import PrefixCache
 from .service import SessionService
 from .sessions import SessionTable
 
@@ -157,6 +158,11 @@ class BackServer:
     def kv_bytes(self) -> int:
         """Bytes of KV cache that are reserved."""
         return self._table.kv_bytes if self._table is not None else 0
+
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """Keys and values that are kept for later sessions; None before `start`."""
+        return self._table.prefixes if self._table is not None else None
 
     def start(self) -> str:
         """Listen, and return the address; the server then runs until `stop`.

@@ -313,15 +313,15 @@ def test_a_prompt_that_comes_again_is_not_computed_again(
 ) -> None:
     server, plain = serve(), serve(prefix_cache_bytes=0)
     expected = generate(folder, plain, PROMPT)
-    assert plain._table is not None
-    assert server._table is not None
-    assert len(plain._table.prefixes) == 0
+    assert plain.prefixes is not None
+    assert server.prefixes is not None
+    assert len(plain.prefixes) == 0
     for _ in range(2):
         assert generate(folder, server, PROMPT, draft=draft) == expected
-    reused = server._table.prefixes.reused
+    reused = server.prefixes.reused
     assert reused >= (150 - 1) // BLOCK * BLOCK
     assert generate(folder, server, [*PROMPT[:100], 1, 2, 3]) == generate(folder, plain, [*PROMPT[:100], 1, 2, 3])
-    assert server._table.prefixes.reused >= reused + 100 // BLOCK * BLOCK
+    assert server.prefixes.reused >= reused + 100 // BLOCK * BLOCK
 
 
 @pytest.mark.parametrize(("shared", "reused"), [(False, 0), (True, 144)])
@@ -331,20 +331,20 @@ def test_devices_meet_only_where_the_server_lets_them(
     file = tmp_path / "tokens"
     securities = [ChannelSecurity(insecure=True, token=issue_token(file, name)) for name in ("kitchen", "phone")]
     server = serve(ServerSecurity(insecure=True, tokens=file), prefixes_shared=shared)
-    assert server._table is not None
+    assert server.prefixes is not None
     for security in securities:
         generate(folder, server, PROMPT, security=security)
-    assert server._table.prefixes.reused == reused
+    assert server.prefixes.reused == reused
     generate(folder, server, PROMPT, security=securities[0])
-    assert server._table.prefixes.reused == reused + 144
+    assert server.prefixes.reused == reused + 144
 
 
 def test_another_codec_s_states_are_others(folder: Path, serve: Callable[..., BackServer]) -> None:
     server = serve()
-    assert server._table is not None
+    assert server.prefixes is not None
     exact = generate(folder, server, PROMPT)
     generate(folder, server, PROMPT, codec="raw16")
-    assert server._table.prefixes.reused == 0
+    assert server.prefixes.reused == 0
     assert generate(folder, server, PROMPT) == exact
 
 
