@@ -38,7 +38,7 @@ class Admission:
         self.changed()
 
     def identity(self, auth_context: Mapping[str, Iterable[bytes]], metadata: Metadata = ()) -> str | None:
-        """A peer's name, that in its certificate first, or what a front calls it; `ANYONE` where nobody is asked for one.
+        """A peer's name, that in its certificate first, or as a front calls it; `ANYONE` where nobody is asked.
 
         None if its certificate was revoked, or it shows no token where one is asked for.
         """
