@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -131,7 +132,7 @@ class Prefix:
         """Give the cache the blocks that have come to their end in the meantime."""
         self.truncate(self._compute.length)
         for end in range(self._offered + BLOCK, len(self._hashes), BLOCK):
-            self._cache.add(self._chain(end), lambda end=end: self._compute.rows(end - BLOCK, end))  # type: ignore[misc]
+            self._cache.add(self._chain(end), partial(self._compute.rows, end - BLOCK, end))
             self._offered = end
 
     def _chain(self, end: int) -> list[bytes]:
