@@ -5,10 +5,10 @@
 A device asks a server process over TLS on this machine. ``off`` is a server without the cache, ``miss`` one with it
 that has never seen the prompt, ``hit`` the same when another session has sent the prompt's beginning before: the shared
 tokens, then 16 of its own. All prompts are random, and new in each repetition, in which the three come in turn. The
-device computes and sends all of its hidden states in each case. ``server`` is the server's own part: decoding, queue,
-layers, choice of the token. Then, in this process and of the shared tokens alone, what the cache itself does: hashing
-(at each step), copying into the cache (once), copying out of it (at a hit), beside the layers' time that a hit saves.
-All times are medians in ms.
+device computes and sends all of its hidden states in each case. ``server`` is the server's work alone: what the cache
+does, the layers, the choice of the token. Then, in this process and of the shared tokens alone, processor time of the
+cache: hashing (at each step), keeping (once), copying (at a hit), beside that of the layers, which a hit saves. All are
+medians in ms.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -52,12 +52,12 @@ def serve(folder: Path, cache: str) -> Iterator[str]:
 
 
 def first_token(model: EdgeModel, ids: list[int]) -> tuple[float, float, int]:
-    """Ms to the first token, the server's part of them, and the token."""
+    """Ms to the first token, those that the server worked, and the token."""
     stream = model.tokens(ids, max_new_tokens=1, end_tokens=(), draft="off")
     try:
         started = perf_counter()
         token = next(iter(stream))
-        return 1e3 * (perf_counter() - started), 1e3 * token.report.server_s, token.id
+        return 1e3 * (perf_counter() - started), 1e3 * token.report.server_compute_s, token.id
     finally:
         stream.close()
 
@@ -83,15 +83,15 @@ def ask(off: EdgeModel, kept: EdgeModel, shared: int, repetitions: int) -> dict[
 
 
 def own_cost(engine: BackEngine, shared: int, repetitions: int) -> dict[str, float]:
-    """Medians of what the cache does at one length, and of the layers' time that it saves; in ms."""
+    """Medians of the processor time of the cache at one length, and of the layers; in ms."""
     rows = shared - shared % BLOCK
     d_model = engine.manifest.architecture.d_model
     times: dict[str, list[float]] = {"hash": [], "keep": [], "copy": [], "layers": []}
 
     def timed(name: str, function: Callable[[], object]) -> None:
-        started = perf_counter()
+        started = process_time()
         function()
-        times[name].append(1e3 * (perf_counter() - started))
+        times[name].append(1e3 * (process_time() - started))
 
     for repetition in range(repetitions + 1):
         hidden = np.random.default_rng(repetition).standard_normal((rows, d_model), np.float32)
