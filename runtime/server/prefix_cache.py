@@ -1,9 +1,10 @@
 """Keys and values that earlier sessions computed, for later ones that begin with the same hidden states.
 
-As in vLLM's automatic prefix caching, whole blocks of positions are kept, each by a hash of all that leads up to its
-end, and the one that was used least recently goes first. What is hashed here are not token ids, which the server does
-not see, but the hidden states as they were decoded: they, and nothing else, make a position's keys and values, the same
-bits in whatever chunks they come.
+As in vLLM's automatic prefix caching, blocks of positions are kept, each by a hash of all that leads up to its end, and
+the one that was used least recently goes first. Here its inner positions are found, too, so that a beginning is shared
+to its last token, and frames of one token are not computed when a session is made again. What is hashed here are not
+token ids, which the server does not see, but the hidden states as they were decoded: they, and nothing else, make a
+position's keys and values, the same bits in whatever chunks they come.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from numpy.typing import NDArray
 
 from .compute import ComputeSession
 
-BLOCK = 16  # positions; a shared beginning is reused up to a multiple of it
-_ENTRY_BYTES = 512  # of a block beside its rows: key, array object, place in the order
+BLOCK = 16  # positions that are kept and forgotten together
+ENTRY_BYTES = 4096  # of a block beside its rows, at most: hashes of its positions, their places in dictionaries
 
 
 class PrefixCache:
-    """Blocks of keys and values by the hash of what made them. It is used from one thread.
+    """Blocks of keys and values, found by the hash of what led to any of their positions. It is used from one thread.
 
     Args:
         max_bytes: that they may take.
@@ -37,15 +38,18 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._blocks: OrderedDict[bytes, NDArray[Any]] = OrderedDict()
+        # By the hash at its end: of each position the hash, and the rows.
+        self._blocks: OrderedDict[bytes, tuple[Sequence[bytes], NDArray[Any]]] = OrderedDict()
+        self._block_with: dict[bytes, bytes] = {}  # a block's key, by the hash at any of its positions
         self.bytes = self.asked = self.reused = 0
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def get(self, key: bytes) -> NDArray[Any] | None:
-        """A block's rows, see `isthmus.runtime.segments.KVCache.rows`."""
-        return self._blocks.get(key)
+    def find(self, position: bytes) -> tuple[bytes, NDArray[Any]] | None:
+        """Key and rows, see `isthmus.runtime.segments.KVCache.rows`, of a block that has a position of this hash."""
+        key = self._block_with.get(position)
+        return None if key is None else (key, self._blocks[key][1])
 
     def touch(self, chain: Sequence[bytes]) -> None:
         """Note that a session has used these blocks, the first of which lead to the last: they are to outlive it."""
@@ -53,26 +57,35 @@ class PrefixCache:
             if key in self._blocks:
                 self._blocks.move_to_end(key)
 
-    def add(self, chain: Sequence[bytes], rows: Callable[[], NDArray[Any]]) -> None:
+    def add(self, leading: Sequence[bytes], positions: Sequence[bytes], rows: Callable[[], NDArray[Any]]) -> None:
         """Keep a block, unless it is there, or one that leads to it is not, or only these could make room for it.
 
         Args:
-            chain: keys of the blocks of a session up to this one.
+            leading: keys of the blocks before it, from the session's beginning.
+            positions: hashes of its own; the last is its key.
             rows: makes a copy of its keys and values.
         """
-        *leading, key = chain
+        key = positions[-1]
         if key not in self._blocks and (not leading or leading[-1] in self._blocks):
             self.touch(leading)
             block, own = rows(), set(leading)
-            size = block.nbytes + _ENTRY_BYTES
+            size = block.nbytes + ENTRY_BYTES
             while self.bytes + size > self._max_bytes:
                 oldest = next(iter(self._blocks), None)
                 if oldest is None or oldest in own:
                     return
-                self.bytes -= self._blocks.pop(oldest).nbytes + _ENTRY_BYTES
-            self._blocks[key] = block
+                self._forget(oldest)
+            self._blocks[key] = tuple(positions), block
+            self._block_with.update(dict.fromkeys(positions, key))
             self.bytes += size
-        self.touch(chain)
+        self.touch([*leading, key])
+
+    def _forget(self, key: bytes) -> None:
+        positions, block = self._blocks.pop(key)
+        self.bytes -= block.nbytes + ENTRY_BYTES
+        for position in positions:
+            if self._block_with.get(position) == key:  # else another block begins alike, or did
+                del self._block_with[position]
 
 
 class Prefix:
@@ -115,15 +128,16 @@ class Prefix:
             digest.update(row)
             self._hashes.append(digest.digest())
         end = first + len(rows) - last
-        for block_end in range(first - first % BLOCK + BLOCK, end + 1, BLOCK):
-            block = self._cache.get(self._hashes[block_end])
-            if block is None:
-                break
-            self._compute.append_rows(block[:, :, :, at - block_end + BLOCK :])
-            at = block_end
+        used = self._chain(first)
+        while (found := self._longest(at, end)) is not None:
+            upto, key, block = found
+            start = at - at % BLOCK
+            self._compute.append_rows(block[:, :, :, at - start : upto - start])
+            used.append(key)
+            at = upto
         if at > first:
-            self._offered = at
-            self._cache.touch(self._chain(at))
+            self._offered = at - at % BLOCK
+            self._cache.touch(used)
         self._cache.asked += end - first
         self._cache.reused += at - first
         return at - first
@@ -132,9 +146,18 @@ class Prefix:
         """Give the cache the blocks that have come to their end in the meantime."""
         self.truncate(self._compute.length)
         for end in range(self._offered + BLOCK, len(self._hashes), BLOCK):
-            self._cache.add(self._chain(end), partial(self._compute.rows, end - BLOCK, end))
+            start = end - BLOCK
+            rows = partial(self._compute.rows, start, end)
+            self._cache.add(self._chain(start), self._hashes[start + 1 : end + 1], rows)
             self._offered = end
 
+    def _longest(self, at: int, end: int) -> tuple[int, bytes, NDArray[Any]] | None:
+        """How far a block goes that has the next positions of this session's, its key, and its rows."""
+        for upto in range(min(at - at % BLOCK + BLOCK, end), at, -1):
+            if (found := self._cache.find(self._hashes[upto])) is not None:
+                return upto, *found
+        return None
+
     def _chain(self, end: int) -> list[bytes]:
-        """Keys of the blocks up to a position."""
+        """Keys of the whole blocks up to a position."""
         return self._hashes[BLOCK : end + 1 : BLOCK]
