@@ -355,6 +355,10 @@ def test_a_prompt_that_comes_again_is_not_computed_again(
     assert reused >= 149
     assert generate(folder, server, [*PROMPT[:100], 1, 2, 3]) == generate(folder, plain, [*PROMPT[:100], 1, 2, 3])
     assert server.prefixes.reused >= reused + 100
+    # The next turn of a chat: the answer's tokens went up one by one, or as drafts, and come again in one frame.
+    reused, turn = server.prefixes.reused, [*PROMPT, *expected, 7, 8]
+    assert generate(folder, server, turn) == generate(folder, plain, turn)
+    assert server.prefixes.reused >= reused + (150 + 11) // BLOCK * BLOCK
 
 
 @pytest.mark.parametrize(("shared", "reused"), [(False, 0), (True, 149)])
