@@ -5,10 +5,9 @@
 A device asks a server process over TLS on this machine. ``off`` is a server without the cache, ``miss`` one with it
 that has never seen the prompt, ``hit`` the same when another session has sent the prompt's beginning before: the shared
 tokens, then 16 of its own. All prompts are random, and new in each repetition, in which the three come in turn. The
-device computes and sends all of its hidden states in each case. ``server`` is the server's work alone: what the cache
-does, the layers, the choice of the token. Then, in this process and of the shared tokens alone, processor time of the
-cache: hashing (at each step), keeping (once), copying (at a hit), beside that of the layers, which a hit saves. All are
-medians in ms.
+device computes and sends all of its hidden states in each case. ``server`` is the processor time of the server process,
+all of its work included. Then, in this process and of the shared tokens alone, processor time of the cache: hashing (at
+each step), keeping (once), copying (at a hit), beside that of the layers, which a hit saves. All are medians in ms.
 """
 
 from __future__ import annotations
@@ -38,34 +37,40 @@ OWN = 16  # tokens of a prompt that no other has
 
 
 @contextmanager
-def serve(folder: Path, cache: str) -> Iterator[str]:
-    """A server process on one thread; its address."""
+def serve(folder: Path, cache: str) -> Iterator[tuple[int, str]]:
+    """A server process on one thread; its id and its address."""
     command = [sys.executable, "-m", "isthmus.cli.main", "serve", str(folder), "--listen", "127.0.0.1:0"]
     with subprocess.Popen(
         [*command, "--threads", "1", "--prefix-cache", cache], stdout=subprocess.PIPE, text=True
     ) as process:
         try:
             assert process.stdout is not None
-            yield process.stdout.readline().split(" on ")[1].split()[0]
+            yield process.pid, process.stdout.readline().split(" on ")[1].split()[0]
         finally:
             process.terminate()
 
 
-def first_token(model: EdgeModel, ids: list[int]) -> tuple[float, float, int]:
-    """Ms to the first token, those that the server worked, and the token."""
+def processor_ms(process: int) -> float:
+    """What a process has used of the processors so far."""
+    threads = Path(f"/proc/{process}/task").glob("*/schedstat")
+    return sum(int(each.read_text().split()[0]) for each in threads) / 1e6
+
+
+def first_token(model: EdgeModel, server: int, ids: list[int]) -> tuple[float, float, int]:
+    """Ms to the first token, processor time of the server until then, and the token."""
     stream = model.tokens(ids, max_new_tokens=1, end_tokens=(), draft="off")
     try:
-        started = perf_counter()
+        started, used = perf_counter(), processor_ms(server)
         token = next(iter(stream))
-        return 1e3 * (perf_counter() - started), 1e3 * token.report.server_compute_s, token.id
+        return 1e3 * (perf_counter() - started), processor_ms(server) - used, token.id
     finally:
         stream.close()
 
 
-def ask(off: EdgeModel, kept: EdgeModel, shared: int, repetitions: int) -> dict[str, Any]:
+def ask(off: tuple[EdgeModel, int], kept: tuple[EdgeModel, int], shared: int, repetitions: int) -> dict[str, Any]:
     """Medians of the three cases at one length."""
     rng = np.random.default_rng()
-    vocabulary = off.manifest.architecture.vocab_size
+    vocabulary = off[0].manifest.architecture.vocab_size
     total: dict[str, list[float]] = {"off": [], "miss": [], "hit": []}
     server: dict[str, list[float]] = {"off": [], "miss": [], "hit": []}
     for _ in range(repetitions + 1):  # the first warms up
@@ -73,8 +78,8 @@ def ask(off: EdgeModel, kept: EdgeModel, shared: int, repetitions: int) -> dict[
         ids = [*beginning, *rng.integers(vocabulary, size=OWN).tolist()]
         tokens = {}
         first_ids = [*beginning, *rng.integers(vocabulary, size=OWN).tolist()]
-        for case, model, prompt in (("off", off, ids), ("miss", kept, first_ids), ("hit", kept, ids)):
-            milliseconds, at_server, tokens[case] = first_token(model, prompt)
+        for case, (model, process), prompt in (("off", off, ids), ("miss", kept, first_ids), ("hit", kept, ids)):
+            milliseconds, at_server, tokens[case] = first_token(model, process, prompt)
             total[case].append(milliseconds)
             server[case].append(at_server)
         if tokens["hit"] != tokens["off"]:
@@ -125,13 +130,11 @@ def main() -> None:
     args = parser.parse_args()
     lengths = [int(each) for each in args.shared.split(",")]
     with ExitStack() as stack:
-        models = [
-            EdgeModel(
-                args.bundle / "device", server=stack.enter_context(serve(args.bundle / "server", cache)), threads=1
-            )
-            for cache in ("0", "256MB")
-        ]
-        asked = {shared: ask(*models, shared, args.repetitions) for shared in lengths}
+        servers = []
+        for cache in ("0", "256MB"):
+            process, address = stack.enter_context(serve(args.bundle / "server", cache))
+            servers.append((EdgeModel(args.bundle / "device", server=address, threads=1), process))
+        asked = {shared: ask(*servers, shared, args.repetitions) for shared in lengths}
     engine = BackEngine(open_bundle(args.bundle / "server", "server"), 1, together=4, capacity=max(lengths) + OWN)
     rows = [
         {"shared": shared, **asked[shared], "cache": own_cost(engine, shared, args.repetitions)} for shared in lengths
