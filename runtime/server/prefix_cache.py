@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..skipping import NO_BYPASS, Bypass
 from .compute import ComputeSession
 
 BLOCK = 16  # positions that are kept and forgotten together
@@ -95,11 +96,13 @@ class Prefix:
         cache: shared with other sessions.
         compute: the session.
         scope: sessions find each other's blocks only if theirs are equal.
+        bypass: of the session. What its positions leave out is a part of what made them.
     """
 
-    def __init__(self, cache: PrefixCache, compute: ComputeSession, scope: str) -> None:
+    def __init__(self, cache: PrefixCache, compute: ComputeSession, scope: str, bypass: Bypass = NO_BYPASS) -> None:
         self._cache = cache
         self._compute = compute
+        self._bypass = sorted(bypass.items())
         self._hashes = [sha256(scope.encode()).digest()]  # by a number of positions: of the hidden states up to there
         self._offered = 0  # positions whose blocks the cache has, or did not want
 
@@ -123,8 +126,11 @@ class Prefix:
         if len(self._hashes) <= first:
             return 0  # keys and values that a device has sent: nobody knows what made them
         rows = np.ascontiguousarray(hidden)
-        for row in rows:
+        for position, row in enumerate(rows, first):
             digest = sha256(self._hashes[-1])
+            for layer, start in self._bypass:
+                if start <= position:
+                    digest.update(layer.to_bytes(4, "little"))
             digest.update(row)
             self._hashes.append(digest.digest())
         end = first + len(rows) - last

@@ -336,7 +336,7 @@ class SessionTable:
             raise
         prefix = None
         if self._limits.prefix_cache_bytes:
-            prefix = Prefix(self.prefixes, compute, "" if self._limits.prefixes_shared else owner)
+            prefix = Prefix(self.prefixes, compute, "" if self._limits.prefixes_shared else owner, bypass)
         session = Session(self._engine, compute, max_tokens, self._limits, prefix)
         self._seats[session.id] = _Seat(session, kv_bytes, owner, lease=self._start_lease(session.id))
         return session

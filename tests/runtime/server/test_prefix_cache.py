@@ -21,6 +21,7 @@ from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.prefix_cache import BLOCK, ENTRY_BYTES, Prefix, PrefixCache
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.server.sessions import Session, Work
+from isthmus.runtime.skipping import NO_BYPASS, Bypass, SkipSchedule
 from isthmus.runtime.wire import isthmus_pb2 as pb
 from isthmus.runtime.wire.framing import kv_message, parse_client_message, step_message
 from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
@@ -80,9 +81,17 @@ def parsed(message: bytes) -> pb.Step:
 class Device:
     """Sends ids, in frames of given sizes, to a session of the predictable engine."""
 
-    def __init__(self, engine: Any, hidden: Any, cache: PrefixCache | None, seed: int, scope: str = "") -> None:
+    def __init__(
+        self,
+        engine: Any,
+        hidden: Any,
+        cache: PrefixCache | None,
+        seed: int,
+        scope: str = "",
+        bypass: Bypass = NO_BYPASS,
+    ) -> None:
         compute = engine.new_session(512, Sampling(seed=seed))
-        prefix = None if cache is None else Prefix(cache, compute, scope)
+        prefix = None if cache is None else Prefix(cache, compute, scope, bypass)
         self.session = Session(engine, compute, 512, ServerLimits(), prefix)
         self.compute = compute
         self._hidden, self._step = hidden, 0
@@ -229,15 +238,24 @@ def test_a_session_that_is_made_again_finds_what_it_had(
 # Real layers.
 
 
+def test_positions_that_leave_blocks_out_are_others(engine: Any, hidden: Any) -> None:
+    cache = PrefixCache(ROOM)
+    reused = []
+    for bypass in ({}, {2: 20}, {}, {2: 20}, {3: 20}, {2: 25}, {2: 20, 3: 30}):
+        Device(engine, hidden, cache, 0, bypass=bypass).send([6] * 48, 0, sample=False)
+        reused.append(cache.reused - sum(reused))
+    assert reused == [0, 20, 48, 48, 20, 25, 30]
+
+
 def run_together(engine: BackEngine, cache: PrefixCache | None, requests: Sequence[Any]) -> list[Any]:
     """Sessions with prompts in the frames given, then some tokens, all in one batcher; tokens, and keys and values."""
     batcher, sessions, results = Batcher(engine, 8), [], []
-    for _, sampling, _ in requests:
-        compute = engine.new_session(256, sampling)
-        prefix = None if cache is None else Prefix(cache, compute, "")
+    for _, sampling, _, bypass in requests:
+        compute = engine.new_session(256, sampling, (), bypass)
+        prefix = None if cache is None else Prefix(cache, compute, "", bypass)
         sessions.append((Session(engine, compute, 256, ServerLimits(), prefix), compute))
         results.append([])
-    pending = [[*np.split(prompt, range(chunk, len(prompt), chunk))] for prompt, _, chunk in requests]
+    pending = [[*np.split(prompt, range(chunk, len(prompt), chunk))] for prompt, _, chunk, _ in requests]
     steps, waiting = [0] * len(requests), set(range(len(requests)))
     d_model = engine.manifest.architecture.d_model
     rows = {}
@@ -264,7 +282,12 @@ def run_together(engine: BackEngine, cache: PrefixCache | None, requests: Sequen
             if answer.result.HasField("token"):
                 results[number].append(answer.result.token)
         waiting = {number for number in waiting if pending[number] or len(results[number]) < 6}
-    found = [(tokens, compute.rows(0, compute.length)) for tokens, (_, compute) in zip(results, sessions, strict=True)]
+    found = []
+    for tokens, (_, compute), (*_, bypass) in zip(results, sessions, requests, strict=True):
+        rows = compute.rows(0, compute.length)
+        for index, layer in enumerate(range(engine.manifest.split, engine.manifest.architecture.layers)):
+            rows[index, :, :, bypass.get(layer, compute.length) :] = 0  # what it left out, nobody has computed
+        found.append((tokens, rows))
     for session, _ in sessions:
         session.close()
     return found
@@ -275,7 +298,8 @@ def run_together(engine: BackEngine, cache: PrefixCache | None, requests: Sequen
 def test_sessions_in_one_batch_get_the_bits_of_a_server_that_keeps_nothing(
     tiny: Any, kind: str, bits: int, kv_bits: int, together: int
 ) -> None:
-    folder = tiny.bundle(kind, bits=bits, split=2, front_kv_bits=kv_bits, back_kv_bits=kv_bits)
+    bits_of_kv = {"front_kv_bits": kv_bits, "back_kv_bits": kv_bits}
+    folder = tiny.bundle(kind, bits=bits, split=2, layers_per_block=1, **bits_of_kv)
     engine = BackEngine(open_bundle(folder / "server", "server"), 1, together=together, capacity=256)
     text = np.random.default_rng(1).normal(size=(120, engine.manifest.architecture.d_model)).astype(np.float32)
 
@@ -292,7 +316,10 @@ def test_sessions_in_one_batch_get_the_bits_of_a_server_that_keeps_nothing(
                 shared, own = data.draw(st.integers(0, 90)), data.draw(st.integers(1, 30))
                 prompt = np.concatenate([text[:shared], text[::-1][number : number + own] + np.float32(wave)])
                 heat = data.draw(st.sampled_from([0.0, 1.0]))
-                requests.append((prompt, Sampling(temperature=heat, seed=number), data.draw(st.integers(5, 64))))
+                bypass = data.draw(st.sampled_from([{}, {}, {}, {2: 40}, {3: 40}]))
+                requests.append(
+                    (prompt, Sampling(temperature=heat, seed=number), data.draw(st.integers(5, 64)), bypass)
+                )
             got = run_together(engine, cache, requests)
             for (tokens, rows), (expected, expected_rows) in zip(
                 got, run_together(engine, None, requests), strict=True
@@ -310,7 +337,7 @@ def test_sessions_in_one_batch_get_the_bits_of_a_server_that_keeps_nothing(
 
 @pytest.fixture
 def folder(tiny: Any) -> Path:
-    return Path(tiny.bundle(bits=8, split=2))
+    return Path(tiny.bundle(bits=8, split=2, layers_per_block=1))
 
 
 @pytest.fixture
@@ -374,6 +401,21 @@ def test_devices_meet_only_where_the_server_lets_them(
     assert server.prefixes.reused == reused
     generate(folder, server, PROMPT, security=securities[0])
     assert server.prefixes.reused == reused + 149
+
+
+def test_what_left_blocks_out_is_not_for_those_that_do_not(
+    folder: Path, serve: Callable[..., BackServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device leaves nothing out: its hidden states are equal."""
+    monkeypatch.setattr("isthmus.runtime.edge.model.bypass_order", lambda manifest: [range(2, 3)])
+    server, plain = serve(), serve(prefix_cache_bytes=0)
+    skipping = {"skip_schedule": SkipSchedule(4, 3, 1)}
+    answer = generate(folder, server, PROMPT, **skipping)
+    assert answer == generate(folder, plain, PROMPT, **skipping)
+    assert server.prefixes is not None
+    turn = [*PROMPT, *answer, *[9] * 20]
+    assert generate(folder, server, turn) == generate(folder, plain, turn)
+    assert server.prefixes.reused == len(PROMPT) + 1  # the second token of the answer left one out
 
 
 def test_another_codec_s_states_are_others(folder: Path, serve: Callable[..., BackServer]) -> None:
