@@ -126,6 +126,10 @@ class Front:
                 # What the workers say themselves: sessions on their lease and those that were left behind, too.
                 "workers_sessions": lambda: sum(backend.report.sessions for backend in fleet.backends),
                 "workers_kv_bytes": lambda: sum(backend.report.kv_bytes for backend in fleet.backends),
+                "prefix_cache_bytes": lambda: sum(backend.report.prefixes[0] for backend in fleet.backends),
+                "prefix_tokens_asked": lambda: sum(backend.report.prefixes[1] for backend in fleet.backends),
+                "prefix_tokens_reused": lambda: sum(backend.report.prefixes[2] for backend in fleet.backends),
+                "frames_held": lambda: self._service.frames.held,
                 "kv_budget_bytes": lambda: sum(backend.kv_budget for backend in fleet.backends),
             }
         ).serve(self._metrics_listen)

@@ -11,6 +11,7 @@ import grpc
 
 from ...quant.codec import CODECS
 from ..server.admission import ANYONE, NOT_ACCEPTED, Admission
+from ..server.frame_rate import FrameRate
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import (
     Refusal,
@@ -22,6 +23,7 @@ from ..wire.framing import (
     seal,
     welcome_message,
 )
+from ..wire.security import DEVICE_HEADER
 from ..wire.transport import SERVICE, SESSION_METHOD, SESSION_PATH
 from .fleet import Backend, Fleet, Version, granted
 from .pins import Pin
@@ -42,12 +44,14 @@ class FrontService:
 
     Attributes:
         draining: no session begins any more.
+        frames: that the devices send.
     """
 
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
         self.draining = False
         self._fleet = fleet
         self._admission = admission
+        self.frames = FrameRate(fleet.options.limits.frames_per_s_per_device)
         self._streams: set[_Stream] = set()
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
@@ -166,6 +170,8 @@ class _Stream:
     async def _read(self) -> None:
         """Pass on what belongs to the session, and hand over what may begin one."""
         while isinstance(data := await self._context.read(), bytes):
+            if self._owner != ANYONE and (delay := self._service.frames.wait(self._owner)):
+                await asyncio.sleep(delay)
             await self._ready.wait()
             opened, call = self._seals.open(data), self._call
             if opened is None and call is not None:  # the worker sees that, too, and knows what to ask for again
@@ -276,7 +282,8 @@ class _Stream:
             self._pins.detach(pin)
 
     def _stream_to(self, backend: Backend) -> Call:
-        return backend.channel.stream_stream(SESSION_PATH, None, None)(None)
+        metadata = ((DEVICE_HEADER, self._owner.encode()),)
+        return backend.channel.stream_stream(SESSION_PATH, None, None)(None, metadata=metadata)
 
     async def _first_answer(self, call: Call, data: bytes, backend: Backend) -> bytes | None:
         """Greet a worker as the device did, and ask; the answer, or None if there is none to be had."""

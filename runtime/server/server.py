@@ -26,8 +26,10 @@ from .audit import AuditLog
 from .batcher import Batcher
 from .compute import ComputeEngine
 from .compute_thread import ComputeThread
+from .frame_rate import FrameRate
 from .health import Health
 from .limits import ServerLimits
+from .prefix_cache import PrefixCache
 from .service import SessionService
 from .sessions import SessionTable
 
@@ -102,9 +104,9 @@ class BackServer:
             listen: see the class.
             threads: of onnxruntime; by default the processors at hand, at most four.
             security: see the class.
-            limits: see the class; too little memory lowers ``kv_bytes``.
+            limits: see the class; too little memory lowers those of keys and values.
             memory_limit_mb: resident memory at the peak, by default what the machine or the container has free; what
-                the weights leave of it goes to KV caches.
+                the weights leave of it goes to KV caches and to those of shared prompts.
             metrics: see the class.
             audit: see the class.
 
@@ -121,7 +123,8 @@ class BackServer:
         if together:
             bundle = replace(bundle, installed=False)  # the packed weights are those of the other graphs
         budget = kv_budget(bundle, chunk=limits.max_frame_tokens, limit_mb=process_limit_mb(memory_limit_mb))
-        limits = replace(limits, kv_bytes=int(min(limits.kv_bytes, budget)))
+        longest = bundle.kv.cache_bytes(bundle.manifest.half_layers("server"), bundle.manifest.max_length)
+        limits = limits.within(budget, longest)
         threads = default_threads() if threads is None else threads
         if together:
             capacity = min(limits.max_session_tokens, bundle.manifest.max_length)
@@ -155,6 +158,11 @@ class BackServer:
     def kv_bytes(self) -> int:
         """Bytes of KV cache that are reserved."""
         return self._table.kv_bytes if self._table is not None else 0
+
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """Keys and values that are kept for later sessions; None before `start`."""
+        return self._table.prefixes if self._table is not None else None
 
     def start(self) -> str:
         """Listen, and return the address; the server then runs until `stop`.
@@ -265,6 +273,7 @@ class BackServer:
             # More streams than sessions: some attach again while the old one still looks alive, some must be told
             # that the server is full.
             server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=2 * self.limits.max_sessions + 16)
+            frames = FrameRate(self.limits.frames_per_s_per_device)
             metrics = None
             if self._metrics_listen is not None:
                 from .metrics import Metrics
@@ -277,12 +286,16 @@ class BackServer:
                         "kv_budget_bytes": lambda: self.limits.kv_bytes,
                         "runs": lambda: batcher.runs,
                         "steps_run": lambda: batcher.steps_run,
+                        "prefix_cache_bytes": lambda: table.prefixes.bytes,
+                        "prefix_tokens_asked": lambda: table.prefixes.asked,
+                        "prefix_tokens_reused": lambda: table.prefixes.reused,
+                        "frames_held": lambda: frames.held,
                     }
                 )
                 self.metrics_address = stack.enter_context(metrics.serve(self._metrics_listen)).address
             audit = None if self._audit_path is None else stack.enter_context(AuditLog(self._audit_path))
             service = self._service = SessionService(
-                self._engine, table, compute, self.limits, admission, metrics, audit
+                self._engine, table, compute, self.limits, admission, frames, metrics, audit
             )
             server.add_generic_rpc_handlers((service.handler(),))
             self._health = Health(server)

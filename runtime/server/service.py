@@ -17,6 +17,7 @@ from .admission import ANYONE, NOT_ACCEPTED, Admission
 from .audit import AuditLog
 from .compute import ComputeEngine
 from .compute_thread import ComputeThread
+from .frame_rate import FrameRate
 from .limits import ServerLimits
 from .sessions import Session, SessionTable
 
@@ -38,6 +39,7 @@ class SessionService:
         compute: ComputeThread,
         limits: ServerLimits,
         admission: Admission,
+        frames: FrameRate,
         metrics: Metrics | None = None,
         audit: AuditLog | None = None,
     ) -> None:
@@ -48,6 +50,7 @@ class SessionService:
         self._compute = compute
         self._limits = limits
         self._admission = admission
+        self._frames = frames
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
@@ -64,7 +67,15 @@ class SessionService:
             logger.warning("%s: refused, its certificate is revoked or its token nobody's", context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, NOT_ACCEPTED)
         stream = _Stream(
-            self._engine, self._table, self._compute, self._limits, context, owner or ANYONE, self._metrics, self._audit
+            self._engine,
+            self._table,
+            self._compute,
+            self._limits,
+            context,
+            owner or ANYONE,
+            self._frames,
+            self._metrics,
+            self._audit,
         )
         self._streams[stream] = context
         try:
@@ -98,10 +109,11 @@ class _Stream:
         limits: ServerLimits,
         context: Context,
         owner: str,
+        frames: FrameRate,
         metrics: Metrics | None,
         audit: AuditLog | None,
     ) -> None:
-        self._owner, self._metrics, self._audit = owner, metrics, audit
+        self._owner, self._frames, self._metrics, self._audit = owner, frames, metrics, audit
         self._engine = engine
         self._table = table
         self._compute = compute
@@ -209,6 +221,8 @@ class _Stream:
             message = self._parse(await self._context.read())
             if isinstance(message, pb.ClientMessage) and message.HasField("cancel"):
                 self._cancelled = True
+            if self._owner != ANYONE and (delay := self._frames.wait(self._owner)):
+                await asyncio.sleep(delay)
             await self._inbox.put(message)
             if message is None or (isinstance(message, Refusal) and not message.passes):
                 return

@@ -17,6 +17,7 @@ from .transport import CLIENT_OPTIONS, split_address
 logger = logging.getLogger(__name__)
 
 TOKEN_HEADER, TOKEN_SCHEME = "authorization", "Bearer "
+DEVICE_HEADER = "isthmus-device-bin"  # by which a front says whose a stream is
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ class ServerSecurity:
         client_ca: PEM certificates of the authority whose devices may connect; without it anyone may.
         revoked: that authority's list of revoked certificates, see `isthmus.runtime.wire.authority`.
         tokens: file of the tokens with which devices may connect, see `isthmus.runtime.wire.tokens`.
+        behind_front: who comes with a certificate is a fleet's front, and says of each stream whose it is.
 
     Certificate, key and list are looked at again at each handshake, so that files may be replaced while it runs.
     """
@@ -146,8 +148,11 @@ class ServerSecurity:
     client_ca: Path | None = None
     revoked: Path | None = None
     tokens: Path | None = None
+    behind_front: bool = False
 
     def __post_init__(self) -> None:
+        if self.behind_front and self.client_ca is None:
+            raise SecurityError("behind a front, but without the authority by which that is known; give its client_ca")
         if (self.cert_file is None) != (self.key_file is None):
             raise SecurityError("a certificate and its key go together; give both --tls-cert and --tls-key")
         if self.insecure and self.client_ca is not None:

@@ -76,6 +76,10 @@ class FakeSession:
         self._rows += [row.tobytes() for row in hidden]
         self._engine.order.append(self)
 
+    def rows(self, first: int, last: int) -> np.ndarray:
+        joined = np.frombuffer(b"".join(self._rows[first:last]), np.uint8)
+        return joined.reshape(1, 1, 1, last - first, -1).copy()
+
     def append_rows(self, rows: np.ndarray) -> None:
         self._rows += [np.ascontiguousarray(rows[:, :, :, at]).tobytes() for at in range(rows.shape[3])]
         self._engine.order.append(self)
