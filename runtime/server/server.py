@@ -26,6 +26,7 @@ from .audit import AuditLog
 from .batcher import Batcher
 from .compute import ComputeEngine
 from .compute_thread import ComputeThread
+from .handshakes import Handshakes
 from .health import Health
 from .limits import ServerLimits
 from .service import SessionService
@@ -221,11 +222,13 @@ class BackServer:
             loop.call_soon_threadsafe(service.expel)
 
     @staticmethod
-    async def _watch(admission: Admission, service: SessionService) -> None:
+    async def _watch(admission: Admission, service: SessionService, handshakes: Handshakes) -> None:
         while True:
             await asyncio.sleep(_WATCH_S)
             if admission.changed():
                 service.expel()
+            if failed := handshakes.failed():
+                service.note_failed(failed)
 
     def _wait_for_streams(self, table: SessionTable, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -264,7 +267,12 @@ class BackServer:
             table = SessionTable(self._engine, self.limits, compute)
             # More streams than sessions: some attach again while the old one still looks alive, some must be told
             # that the server is full.
-            server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=2 * self.limits.max_sessions + 16)
+            handshakes = Handshakes(self.limits.idle_s)
+            server = grpc.aio.server(
+                interceptors=[handshakes],
+                options=SERVER_OPTIONS,
+                maximum_concurrent_rpcs=2 * self.limits.max_sessions + 16,
+            )
             metrics = None
             if self._metrics_listen is not None:
                 from .metrics import Metrics
@@ -280,19 +288,20 @@ class BackServer:
                     }
                 )
                 self.metrics_address = stack.enter_context(metrics.serve(self._metrics_listen)).address
+                logger.info("metrics on http://%s/metrics", self.metrics_address)
             audit = None if self._audit_path is None else stack.enter_context(AuditLog(self._audit_path))
             service = self._service = SessionService(
                 self._engine, table, compute, self.limits, admission, metrics, audit
             )
             server.add_generic_rpc_handlers((service.handler(),))
             self._health = Health(server)
-            address = self.security.bind(server, self._listen)
+            address = self.security.bind(server, self._listen, handshakes.begin)
             await server.start()
             await self._health.say(serving=True)
             self._loop, self._table = asyncio.get_running_loop(), table
             self._stop_requested = self._loop.create_future()
             started.set_result(address)
-            watch = asyncio.create_task(self._watch(admission, service))
+            watch = asyncio.create_task(self._watch(admission, service, handshakes))
             grace = await self._stop_requested
             watch.cancel()
             await server.stop(grace)

@@ -366,11 +366,11 @@ def bystander(server: BackServer, make_generation: Callable[..., Generation]) ->
 
 
 @pytest.fixture
-def eventually() -> Callable[[Callable[[], bool]], bool]:
-    """Whether something becomes true within ten seconds."""
+def eventually() -> Callable[..., bool]:
+    """Whether something becomes true within ten seconds, or as many as are given."""
 
-    def wait(condition: Callable[[], bool]) -> bool:
-        deadline = time.monotonic() + 10
+    def wait(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+        deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
                 return False
