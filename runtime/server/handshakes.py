@@ -49,12 +49,11 @@ class Handshakes(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """Have each call of any service tell of its peer."""
         handler: Any = await continuation(handler_call_details)
-        if handler is None:  # no such method
-            return handler
-        kind = next(
-            kind for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream") if getattr(handler, kind)
-        )
-        return handler._replace(**{kind: self._telling(getattr(handler, kind))})
+        if handler is not None:  # there is such a method
+            kinds = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+            kind = next(kind for kind in kinds if getattr(handler, kind))
+            handler = handler._replace(**{kind: self._telling(getattr(handler, kind))})
+        return handler
 
     def _telling(self, behavior: Callable[..., Any]) -> Callable[..., Any]:
         # gRPC looks at what kind of function it is given.
