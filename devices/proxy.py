@@ -38,6 +38,9 @@ _MAX_CHUNK_BYTES = 1 << 16
 # What a connection may have on the way in each direction: what the link itself holds, and a modem's queue before it.
 _QUEUE_BYTES = 1 << 16
 _MAX_IN_FLIGHT_BYTES = 8 << 20
+# Between looks at signals while a thread waits: the system may give one to any thread, and Python's handler runs in the
+# main thread only, once that is awake.
+_SIGNALS_S = 0.5
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST
 
 
@@ -160,7 +163,11 @@ class LinkProxy:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the proxy has ended, or ``timeout`` seconds; whether it has."""
-        return self._ended.wait(timeout)
+        if timeout is not None:
+            return self._ended.wait(timeout)
+        while not self._ended.wait(_SIGNALS_S):
+            pass
+        return True
 
     def __enter__(self) -> Self:
         self.start()

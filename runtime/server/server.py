@@ -35,6 +35,9 @@ from .sessions import SessionTable
 logger = logging.getLogger(__name__)
 
 _WATCH_S = 1.0  # between looks at who may still be served
+# Between looks at signals while a thread waits: the system may give one to any thread, and Python's handler runs in the
+# main thread only, once that is awake.
+_SIGNALS_S = 0.5
 _MOVE_S = 2.0  # that devices have, once told to move, to ask for their next token
 
 
@@ -237,7 +240,11 @@ class BackServer:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the server has ended, or ``timeout`` seconds; whether it has."""
-        return self._ended.wait(timeout)
+        if timeout is not None:
+            return self._ended.wait(timeout)
+        while not self._ended.wait(_SIGNALS_S):
+            pass
+        return True
 
     def __enter__(self) -> Self:
         self.start()

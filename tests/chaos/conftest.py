@@ -1,0 +1,104 @@
+"""Servers that faults happen to, devices that generate meanwhile, and what both must come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isthmus.runtime.edge.link import RemoteBack
+from isthmus.runtime.edge.model import EdgeModel
+from isthmus.runtime.edge.stream import Generation
+from isthmus.runtime.sampling import Sampling
+from isthmus.runtime.wire.security import ChannelSecurity
+
+
+@pytest.fixture(scope="session")
+def folder(tiny: Any) -> Path:
+    """The bundle of all devices and servers here."""
+    return Path(tiny.bundle(bits=8, split=2))
+
+
+@pytest.fixture
+def serve(folder: Path, start_serving: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Starts ``isthmus serve``, in plaintext at any port unless the arguments say otherwise; see `Serving`."""
+    servers: list[Any] = []
+
+    def start(listen: str = "127.0.0.1:0", *options: str | Path, plaintext: bool = True, **limits: Any) -> Any:
+        secured = ("--insecure",) if plaintext else ()
+        command = ("serve", folder / "server", "--threads", "1", "--listen", listen, *secured, *options)
+        servers.append(start_serving("-v", *command, **limits))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.end()
+
+
+@pytest.fixture(scope="session")
+def standby(folder: Path, start_serving: Callable[..., Any]) -> Iterator[Any]:
+    """A server that nothing happens to."""
+    server = start_serving("serve", folder / "server", "--threads", "1", "--listen", "127.0.0.1:0", "--insecure")
+    yield server
+    assert server.end() == 0
+
+
+class Device:
+    """What every device here generates, greedily or not: several frames of a prompt, then a text.
+
+    Attributes:
+        prompt: token ids.
+        new_tokens: that each generation has.
+        sampling: of each.
+    """
+
+    prompt = tuple(range(1, 200)) * 2
+    new_tokens = 40
+    sampling = Sampling(temperature=1.1, top_k=40, repetition_penalty=1.1, seed=5)
+
+    def __init__(self, folder: Path, *addresses: str, **options: Any) -> None:
+        options = {"codec": "tabq", "threads": 1, "security": ChannelSecurity(insecure=True)} | options
+        self.model = EdgeModel(folder / "device", server=",".join(addresses), **options)
+
+    def generate(self, new_tokens: int = new_tokens) -> Generation:
+        return self.model.generate(list(self.prompt), max_new_tokens=new_tokens, sampling=self.sampling)
+
+    def tokens(self) -> Any:
+        """The running generation."""
+        return self.model.tokens(list(self.prompt), max_new_tokens=self.new_tokens, sampling=self.sampling)
+
+    def at(self, chunk: int, action: Callable[[], None]) -> None:
+        """Do something when the n-th chunk is computed: the prompt has four, then each token or draft is one."""
+        self.model._embedding = _At(self.model._embedding, chunk, action)  # type: ignore[assignment]
+
+
+class _At:
+    def __init__(self, embedding: Any, chunk: int, action: Callable[[], None]) -> None:
+        self._embedding, self._left, self._action = embedding, chunk, action
+
+    def rows(self, ids: list[int]) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            self._action()
+        return self._embedding.rows(ids)
+
+
+@pytest.fixture(scope="session")
+def device(folder: Path) -> Callable[..., Device]:
+    """Makes a `Device` for addresses; keyword arguments are those of `EdgeModel`."""
+    return lambda *addresses, **options: Device(folder, *addresses, **options)
+
+
+@pytest.fixture(scope="session")
+def expected(standby: Any, device: Callable[..., Device]) -> list[int]:
+    """What an undisturbed `Device` generates."""
+    return device(standby.address).generate().token_ids
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices whose deadlines fit tiny models."""
+    monkeypatch.setitem(RemoteBack.__init__.__kwdefaults__, "step_timeout", 2.0)
+    monkeypatch.setitem(RemoteBack.__init__.__kwdefaults__, "connect_timeout", 2.0)
