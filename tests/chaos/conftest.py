@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -12,7 +14,13 @@ from isthmus.runtime.edge.link import RemoteBack
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.edge.stream import Generation
 from isthmus.runtime.sampling import Sampling
-from isthmus.runtime.wire.security import ChannelSecurity
+from isthmus.runtime.server import server as server_module
+from isthmus.runtime.server.limits import ServerLimits
+from isthmus.runtime.server.metrics import parse_metrics
+from isthmus.runtime.server.server import BackServer
+from isthmus.runtime.wire.authority import Authority
+from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
+from isthmus.runtime.wire.tokens import issue_token
 
 
 @pytest.fixture(scope="session")
@@ -102,3 +110,60 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Devices whose deadlines fit tiny models."""
     monkeypatch.setitem(RemoteBack.__init__.__kwdefaults__, "step_timeout", 2.0)
     monkeypatch.setitem(RemoteBack.__init__.__kwdefaults__, "connect_timeout", 2.0)
+
+
+class Guarded:
+    """A server that lets devices of one authority in, each with its certificate and its token.
+
+    Attributes:
+        ca: the authority.
+        server: in this process.
+        audit: path of its audit log.
+        bystander: what a device shows that nothing happens to.
+    """
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        Authority.create(root / "ca")
+        self.ca = Authority(root / "ca")
+        self.trust = self.ca.folder / "ca-cert.pem"
+        self.tokens, self.audit = root / "tokens", root / "audit.jsonl"
+        self.token = issue_token(self.tokens, "all")
+        self.bystander = self.security("bystander")
+        issued = self.ca.server(["127.0.0.1"])
+        security = ServerSecurity(
+            cert_file=Path(issued.cert_file),
+            key_file=Path(issued.key_file),
+            client_ca=self.trust,
+            revoked=self.ca.folder / "revoked.pem",
+            tokens=self.tokens,
+        )
+        limits = ServerLimits(idle_s=0.4, lease_s=1.0)
+        self.server = BackServer.from_bundle(
+            folder / "server", threads=1, security=security, limits=limits, metrics="127.0.0.1:0", audit=self.audit
+        )
+
+    def security(self, name: str, ca: Authority | None = None, **options: Any) -> ChannelSecurity:
+        """What a device of this name shows."""
+        return self.shown((ca or self.ca).device(name, **options))
+
+    def shown(self, issued: Any, token: str | None = None) -> ChannelSecurity:
+        """A certificate, and a token."""
+        files = {"cert_file": Path(issued.cert_file), "key_file": Path(issued.key_file)}
+        return ChannelSecurity(ca_file=self.trust, token=token or self.token, **files)
+
+    def metric(self, name: str) -> float:
+        with urlopen(f"http://{self.server.metrics_address}/metrics") as answer:
+            return parse_metrics(answer.read().decode()).get(name, 0.0)
+
+    def told(self) -> list[dict[str, Any]]:
+        """Lines of the audit log."""
+        return [json.loads(line) for line in self.audit.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def guarded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server_module, "_WATCH_S", 0.05)
+        guarded = Guarded(tmp_path_factory.mktemp("guarded"), folder)
+        with guarded.server:
+            yield guarded

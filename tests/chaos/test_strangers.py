@@ -2,87 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import pytest
 
 from isthmus.errors import LinkError, ProtocolError, SecurityError
-from isthmus.runtime.sampling import Sampling
-from isthmus.runtime.server import server as server_module
-from isthmus.runtime.server.limits import ServerLimits
-from isthmus.runtime.server.metrics import parse_metrics
-from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire.authority import Authority
-from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
-from isthmus.runtime.wire.tokens import issue_token
+from isthmus.runtime.wire.security import ChannelSecurity
 
 pytestmark = pytest.mark.usefixtures("impatient")
 
 
-class Guarded:
-    """A server that lets devices of one authority in, each with its certificate and its token.
-
-    Attributes:
-        ca: the authority.
-        server: in this process.
-        audit: path of its audit log.
-        bystander: what a device shows that nothing happens to.
-    """
-
-    def __init__(self, root: Path, folder: Path) -> None:
-        Authority.create(root / "ca")
-        self.ca = Authority(root / "ca")
-        self.trust = self.ca.folder / "ca-cert.pem"
-        self.tokens, self.audit = root / "tokens", root / "audit.jsonl"
-        self.token = issue_token(self.tokens, "all")
-        self.bystander = self.security("bystander")
-        issued = self.ca.server(["127.0.0.1"])
-        security = ServerSecurity(
-            cert_file=Path(issued.cert_file),
-            key_file=Path(issued.key_file),
-            client_ca=self.trust,
-            revoked=self.ca.folder / "revoked.pem",
-            tokens=self.tokens,
-        )
-        limits = ServerLimits(idle_s=0.4, lease_s=1.0)
-        self.server = BackServer.from_bundle(
-            folder / "server", threads=1, security=security, limits=limits, metrics="127.0.0.1:0", audit=self.audit
-        )
-
-    def security(self, name: str, ca: Authority | None = None, **options: Any) -> ChannelSecurity:
-        """What a device of this name shows."""
-        return self.shown((ca or self.ca).device(name, **options))
-
-    def shown(self, issued: Any, token: str | None = None) -> ChannelSecurity:
-        """A certificate, and a token."""
-        files = {"cert_file": Path(issued.cert_file), "key_file": Path(issued.key_file)}
-        return ChannelSecurity(ca_file=self.trust, token=token or self.token, **files)
-
-    def metric(self, name: str) -> float:
-        with urlopen(f"http://{self.server.metrics_address}/metrics") as answer:
-            return parse_metrics(answer.read().decode()).get(name, 0.0)
-
-    def told(self) -> list[dict[str, Any]]:
-        """Lines of the audit log."""
-        return [json.loads(line) for line in self.audit.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def guarded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server_module, "_WATCH_S", 0.05)
-        guarded = Guarded(tmp_path_factory.mktemp("guarded"), folder)
-        with guarded.server:
-            yield guarded
-
-
 @pytest.fixture
-def bystander(guarded: Guarded, device: Callable[..., Any], expected: list[int], eventually: Any) -> Iterator[None]:
+def bystander(guarded: Any, device: Callable[..., Any], expected: list[int], eventually: Any) -> Iterator[None]:
     """A generation that has begun when the test begins, ends after it, and comes out right."""
     stream = device(guarded.server.address, security=guarded.bystander).tokens()
     tokens = [next(iter(stream)).id for _ in range(5)]
@@ -94,39 +29,39 @@ def bystander(guarded: Guarded, device: Callable[..., Any], expected: list[int],
     assert eventually(lambda: guarded.server.sessions == 0)
 
 
-def revoked(guarded: Guarded, root: Path) -> ChannelSecurity:
+def revoked(guarded: Any, root: Path) -> ChannelSecurity:
     security = guarded.security("revoked")
     guarded.ca.revoke(security.cert_file)
     return security
 
 
-def expired(guarded: Guarded, root: Path) -> ChannelSecurity:
+def expired(guarded: Any, root: Path) -> ChannelSecurity:
     security = guarded.security("expired", days=1e-9)
     time.sleep(1.1)  # certificates know seconds
     return security
 
 
-def of_another_authority(guarded: Guarded, root: Path) -> ChannelSecurity:
+def of_another_authority(guarded: Any, root: Path) -> ChannelSecurity:
     Authority.create(root / "other", "another")
     return guarded.security("kitchen", Authority(root / "other"))
 
 
-def with_the_name_of_another(guarded: Guarded, root: Path) -> ChannelSecurity:
+def with_the_name_of_another(guarded: Any, root: Path) -> ChannelSecurity:
     """Signed by an authority that calls itself as ours does, for the name of a device that is there."""
     Authority.create(root / "same")
     return guarded.security("bystander", Authority(root / "same"))
 
 
-def with_a_servers_certificate(guarded: Guarded, root: Path) -> ChannelSecurity:
+def with_a_servers_certificate(guarded: Any, root: Path) -> ChannelSecurity:
     return guarded.shown(guarded.ca.server(["10.1.2.3"]))
 
 
-def with_a_wrong_token(guarded: Guarded, root: Path) -> ChannelSecurity:
+def with_a_wrong_token(guarded: Any, root: Path) -> ChannelSecurity:
     return guarded.shown(guarded.ca.device("guesser"), "A" * 43)
 
 
 FAILED, REFUSED = "connections_failed_total", "peers_refused_total"
-STRANGERS: dict[str, tuple[Callable[[Guarded, Path], ChannelSecurity], type[LinkError], str, str]] = {
+STRANGERS: dict[str, tuple[Callable[[Any, Path], ChannelSecurity], type[LinkError], str, str]] = {
     "in plaintext": (lambda guarded, root: ChannelSecurity(insecure=True), LinkError, "plaintext", FAILED),
     "without a certificate": (
         lambda guarded, root: ChannelSecurity(ca_file=guarded.trust, token=guarded.token),
@@ -179,10 +114,10 @@ def test_a_session_that_is_not_ones_own_does_not_exist(guarded, bystander, devic
 
 
 @pytest.fixture
-def make_thief(device: Callable[..., Any]) -> Callable[[Guarded, str, bytes], None]:
+def make_thief(device: Callable[..., Any]) -> Callable[[Any, str, bytes], None]:
     """A device that attaches to a session by its id."""
 
-    def steal(guarded: Guarded, name: str, session: bytes) -> None:
+    def steal(guarded: Any, name: str, session: bytes) -> None:
         stream = device(guarded.server.address, security=guarded.security(name)).tokens()
         next(iter(stream))
         link = stream._back._session
