@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := quant devices export runtime cli
 
-.PHONY: demo test quick oldest lint bench proto clean
+.PHONY: demo test quick chaos oldest lint bench proto clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,10 @@ oldest:
 # Without the tests that need the default model or more than a few seconds.
 quick: lint
 	$(BIN)/python -m pytest -m "not slow"
+
+# Servers, devices, links, disks and certificates that fail, three times in a row; see docs/faults.md.
+chaos: $(VENV)/.installed-dev
+	for run in 1 2 3; do $(BIN)/python -m pytest -q tests/chaos || exit; done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

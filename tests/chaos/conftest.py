@@ -167,3 +167,17 @@ def guarded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         guarded = Guarded(tmp_path_factory.mktemp("guarded"), folder)
         with guarded.server:
             yield guarded
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many faults were tried, and how many ended as `docs/faults.md` says."""
+    reports = [
+        report
+        for outcome in ("passed", "failed", "error")
+        for report in terminalreporter.getreports(outcome)
+        if "tests/chaos/" in report.nodeid
+    ]
+    faults = {report.nodeid for report in reports}
+    wrong = {report.nodeid for report in reports if report.failed}
+    if faults:
+        terminalreporter.write_line(f"chaos: {len(faults)} faults, {len(faults - wrong)} ended as they should")
