@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import grpc
 
 from ...devices.backend import default_threads
-from ...errors import LinkError
+from ...devices.background import BackgroundService
 from ..bundle import open_bundle
 from ..memory import kv_budget, process_limit_mb
 from ..wire.security import ServerSecurity
@@ -35,13 +32,10 @@ from .sessions import SessionTable
 logger = logging.getLogger(__name__)
 
 _WATCH_S = 1.0  # between looks at who may still be served
-# Between looks at signals while a thread waits: the system may give one to any thread, and Python's handler runs in the
-# main thread only, once that is awake.
-_SIGNALS_S = 0.5
 _MOVE_S = 2.0  # that devices have, once told to move, to ask for their next token
 
 
-class BackServer:
+class BackServer(BackgroundService):
     """Serves the back half of a bundle to many devices at once.
 
     ::
@@ -69,6 +63,7 @@ class BackServer:
         metrics: str | None = None,
         audit: str | Path | None = None,
     ) -> None:
+        super().__init__("server")
         self._audit_path = audit
         self._service: SessionService | None = None
         self.metrics_address: str | None = None
@@ -78,13 +73,9 @@ class BackServer:
         self.manifest = engine.manifest
         self._engine = engine
         self._listen = listen
-        self._address: str | None = None
         self._table: SessionTable | None = None
         self._health: Health | None = None
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop_requested: asyncio.Future[float] | None = None
-        self._ended = threading.Event()
+        self._grace = 0.0
 
     @classmethod
     def from_bundle(
@@ -144,13 +135,6 @@ class BackServer:
         return cls(engine, listen, security=security, limits=limits, metrics=metrics, audit=audit)
 
     @property
-    def address(self) -> str:
-        """``HOST:PORT`` as bound; raises `LinkError` before `start`."""
-        if self._address is None:
-            raise LinkError("the server has no address before start(); call that first")
-        return self._address
-
-    @property
     def sessions(self) -> int:
         """Number of sessions, those on their lease included."""
         return len(self._table) if self._table is not None else 0
@@ -160,41 +144,10 @@ class BackServer:
         """Bytes of KV cache that are reserved."""
         return self._table.kv_bytes if self._table is not None else 0
 
-    def start(self) -> str:
-        """Listen, and return the address; the server then runs until `stop`.
-
-        Raises:
-            LinkError: it runs already, or the address cannot be bound.
-            SecurityError: certificate or key cannot be used.
-        """
-        if self._thread is not None:
-            raise LinkError(f"the server was started already, on {self._address}")
-        started: Future[str] = Future()
-        self._ended.clear()
-        self._thread = threading.Thread(target=self._run, args=(started,), name="isthmus-server", daemon=True)
-        self._thread.start()
-        try:
-            self._address = started.result()
-        except BaseException:
-            self._thread.join()
-            self._thread = None
-            raise
-        return self._address
-
     def stop(self, grace: float = 1.0) -> None:
         """End the server: running streams have ``grace`` seconds, then all sessions are freed. Safe twice."""
-        thread, loop, stop_requested = self._thread, self._loop, self._stop_requested
-        if thread is None or loop is None or stop_requested is None:
-            return
-
-        def request_stop() -> None:
-            if not stop_requested.done():
-                stop_requested.set_result(grace)
-
-        if thread.is_alive():
-            loop.call_soon_threadsafe(request_stop)
-        thread.join()
-        self._thread = None
+        self._grace = grace
+        super().stop()
 
     def drain(self, patience: float) -> None:
         """End the server without losing a generation.
@@ -219,10 +172,9 @@ class BackServer:
 
     def reload(self) -> None:
         """Look at certificates, revocation list and tokens now; without this they are seen within seconds."""
-        loop, service = self._loop, self._service
-        if loop is not None and service is not None:
+        if self._service is not None:
             logger.info("certificates, revocation list and tokens are looked at again")
-            loop.call_soon_threadsafe(service.expel)
+            self._call(self._service.expel)
 
     @staticmethod
     async def _watch(admission: Admission, service: SessionService, handshakes: Handshakes) -> None:
@@ -237,34 +189,6 @@ class BackServer:
         deadline = time.monotonic() + seconds
         while table.carried and time.monotonic() < deadline and not self._ended.wait(0.05):
             pass
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until the server has ended, or ``timeout`` seconds; whether it has."""
-        if timeout is not None:
-            return self._ended.wait(timeout)
-        while not self._ended.wait(_SIGNALS_S):
-            pass
-        return True
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def _run(self, started: Future[str]) -> None:
-        try:
-            asyncio.run(self._serve(started))
-        except BaseException as error:
-            # Before the start it is the caller's; afterwards the thread's own report is all there is.
-            if started.done():
-                raise
-            started.set_exception(error)
-        finally:
-            self._ended.set()
 
     async def _serve(self, started: Future[str]) -> None:
         admission = Admission(self.security)
@@ -305,11 +229,10 @@ class BackServer:
             address = self.security.bind(server, self._listen, handshakes.begin)
             await server.start()
             await self._health.say(serving=True)
-            self._loop, self._table = asyncio.get_running_loop(), table
-            self._stop_requested = self._loop.create_future()
+            self._table = table
             started.set_result(address)
             watch = asyncio.create_task(self._watch(admission, service, handshakes))
-            grace = await self._stop_requested
+            await self._stopping.wait()
             watch.cancel()
-            await server.stop(grace)
+            await server.stop(self._grace)
             await table.free_all()
