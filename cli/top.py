@@ -79,7 +79,8 @@ def _table(now: dict[str, float], before: dict[str, float], seconds: float) -> s
         ["ms a step: decode, queue, compute", ", ".join(map(mean_ms, ("decode", "queue", "compute")))],
         ["sessions opened, attached again", f"{now.get('sessions_opened_total', 0):.0f}, "
          f"{now.get('sessions_attached_total', 0):.0f}"],
-        ["peers refused", f"{now.get('peers_refused_total', 0):.0f}"],
+        ["peers refused, failed connections", f"{now.get('peers_refused_total', 0):.0f}, "
+         f"{now.get('connections_failed_total', 0):.0f}"],
     ]  # fmt: skip
     rows += [
         [name.replace("faults_total{code=", "refused: ").rstrip("}"), f"{value:.0f}"]

@@ -83,6 +83,14 @@ class SessionService:
         finally:
             del self._streams[stream]
 
+    def note_failed(self, connections: int) -> None:
+        """Tell of connections that never came to a call, see `isthmus.runtime.server.handshakes`."""
+        if self._metrics is not None:
+            self._metrics.connections_failed(connections)
+        if self._audit is not None:
+            self._audit.record("turned away", reason="TLS handshake, or no call after it", connections=connections)
+        logger.warning("%d connections failed in their TLS handshake, or made no call", connections)
+
     def expel(self) -> None:
         """End the streams, and the sessions, of devices that would not be let in any more."""
         for stream, context in self._streams.items():

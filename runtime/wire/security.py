@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -162,8 +163,11 @@ class ServerSecurity:
         if self.insecure and self.cert_file is not None:
             raise SecurityError("insecure and a certificate exclude each other; give one of them")
 
-    def credentials(self) -> grpc.ServerCredentials | None:
+    def credentials(self, begins: Callable[[], None] = lambda: None) -> grpc.ServerCredentials | None:
         """Credentials for `grpc`, `None` for plaintext; makes the development certificate if it is needed.
+
+        Args:
+            begins: called as each connection begins, on a thread of gRPC's.
 
         Raises:
             SecurityError: a file is missing, is not PEM, or the key is another certificate's.
@@ -185,6 +189,7 @@ class ServerSecurity:
         def changed() -> grpc.ServerCertificateConfiguration | None:
             """A new pair, if the files have changed and belong together; gRPC asks at each handshake."""
             nonlocal stamp
+            begins()
             found = file_stamps(cert_file, key_file)
             if found == stamp:
                 return None
@@ -203,8 +208,13 @@ class ServerSecurity:
             require_client_authentication=roots is not None,
         )
 
-    def bind(self, server: grpc.aio.Server, listen: str) -> str:
+    def bind(self, server: grpc.aio.Server, listen: str, begins: Callable[[], None] = lambda: None) -> str:
         """Have a server listen at ``HOST:PORT``; the address as bound.
+
+        Args:
+            server: not started yet.
+            listen: the address.
+            begins: see `credentials`.
 
         Raises:
             LinkError: the address has another form, or cannot be bound.
@@ -213,7 +223,7 @@ class ServerSecurity:
         host, _ = split_address(listen)
         if self.insecure and self.tokens is not None and not is_loopback(host):
             raise SecurityError(f"{listen}: tokens in plaintext are everybody's on the way; leave insecure out")
-        credentials = self.credentials()
+        credentials = self.credentials(begins)
         try:
             if credentials is None:
                 port = server.add_insecure_port(listen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -125,4 +126,15 @@ def test_sighup_ends_nothing(serve):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
     process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "tgkill"), reason="needs glibc to signal a thread")
+def test_a_signal_may_be_given_to_any_thread(serve):
+    """As the system does above all when a process that was stopped goes on."""
+    process = serve("--listen", "127.0.0.1:0")
+    assert process.stdout.readline()
+    main, other, *_ = sorted(map(int, os.listdir(f"/proc/{process.pid}/task")))
+    assert main == process.pid
+    assert ctypes.CDLL(None).tgkill(process.pid, other, signal.SIGTERM) == 0
     assert process.wait(20) == 0
