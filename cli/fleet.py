@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
             plan,
             security=security,
             metrics=args.metrics,
+            audit=args.audit,
             drain_timeout=args.drain_timeout,
             serving=serving,
         )

@@ -31,11 +31,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="sessions that advance together in one run; 1 serves one step at a time (default: 32)",
     )
     parser.add_argument(
-        "--audit",
-        metavar="FILE",
-        help="append a line of JSON for each device that comes, opens, returns, leaves or is turned away",
-    )
-    parser.add_argument(
         "--log-format",
         choices=("text", "json"),
         default="text",
@@ -101,6 +96,11 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         metavar="HOST:PORT",
         help="where Prometheus and `isthmus top` may ask for metrics (default: nowhere)",
+    )
+    parser.add_argument(
+        "--audit",
+        metavar="FILE",
+        help="append a line of JSON for each device that comes, opens, returns, leaves or is turned away",
     )
     parser.add_argument(
         "--drain-timeout",

@@ -11,6 +11,7 @@ import grpc
 
 from ...quant.codec import CODECS
 from ..server.admission import ANYONE, NOT_ACCEPTED, Admission
+from ..server.audit import AuditLog, Visitor
 from ..server.frame_rate import FrameRate
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import (
@@ -47,12 +48,13 @@ class FrontService:
         frames: that the devices send.
     """
 
-    def __init__(self, fleet: Fleet, admission: Admission) -> None:
+    def __init__(self, fleet: Fleet, admission: Admission, audit: AuditLog | None = None) -> None:
         self.draining = False
+        self._audit = audit
         self._fleet = fleet
         self._admission = admission
         self.frames = FrameRate(fleet.options.limits.frames_per_s_per_device)
-        self._streams: set[_Stream] = set()
+        self._streams: dict[_Stream, Context] = {}
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
@@ -69,21 +71,33 @@ class FrontService:
         for stream in list(self._streams):
             stream.end(self._draining())
 
+    def expel(self) -> None:
+        """End the streams of devices that would not be let in any more; their sessions end with their leases."""
+        for stream, context in list(self._streams.items()):
+            if self._identity(context) is None:
+                logger.warning("%s: its certificate was revoked, or its token taken back", context.peer())
+                stream.expel()
+
+    def _identity(self, context: Context) -> str | None:
+        return self._admission.identity(context.auth_context(), context.invocation_metadata() or ())
+
     def _draining(self) -> Refusal:
         pause = round(1000 * self._fleet.options.limits.retry_after_s)
         return Refusal("DRAINING", "this server is about to end; go to another one", retry_after_ms=pause)
 
     async def _serve(self, _requests: object, context: Context) -> None:
-        owner = self._admission.identity(context.auth_context(), context.invocation_metadata() or ())
+        owner = self._identity(context)
         if owner is None:
+            if self._audit is not None:
+                self._audit.record("turned away", peer=context.peer(), reason="certificate or token")
             logger.warning("%s: refused, its certificate is revoked or its token nobody's", context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, NOT_ACCEPTED)
-        stream = _Stream(self, self._fleet, context, owner or ANYONE)
-        self._streams.add(stream)
+        stream = _Stream(self, self._fleet, context, owner or ANYONE, self._audit)
+        self._streams[stream] = context
         try:
             await stream.serve()
         finally:
-            self._streams.discard(stream)
+            del self._streams[stream]
 
 
 class _Stream:
@@ -93,7 +107,10 @@ class _Stream:
     begin a session waits in ``_inbox`` until the one before it has ended, and with it whatever comes behind.
     """
 
-    def __init__(self, service: FrontService, fleet: Fleet, context: Context, owner: str) -> None:
+    def __init__(
+        self, service: FrontService, fleet: Fleet, context: Context, owner: str, audit: AuditLog | None
+    ) -> None:
+        self._visitor = Visitor(audit, context.peer(), owner)
         self._service = service
         self._fleet = fleet
         self._pins = fleet.pins
@@ -108,6 +125,7 @@ class _Stream:
         self._ready = asyncio.Event()  # whether the next message may be looked at
         self._ready.set()
         self._ending: Refusal | None = None
+        self._expelled = False
         self._conversation: asyncio.Task[None] | None = None
 
     def end(self, refusal: Refusal) -> None:
@@ -116,14 +134,25 @@ class _Stream:
         if self._conversation is not None:
             self._conversation.cancel()
 
+    def expel(self) -> None:
+        """End the stream: the device is not to be served any more."""
+        self._expelled = True
+        if self._conversation is not None:
+            self._conversation.cancel()
+
     async def serve(self) -> None:
         """Hold the conversation until any side ends it."""
         self._conversation = asyncio.create_task(self._converse())
+        self._visitor.note("connected")
         try:
             await self._conversation
         except Refusal as refusal:
+            self._visitor.note("refused", reason=pb.Fault.Code.Name(refusal.fault.fault.code))
             await self._write(refusal.fault)
         except asyncio.CancelledError:
+            if self._expelled:
+                self._visitor.note("expelled")
+                await self._context.abort(grpc.StatusCode.UNAUTHENTICATED, NOT_ACCEPTED)
             if self._ending is None:
                 raise
             await self._write(self._ending.fault)
@@ -133,6 +162,8 @@ class _Stream:
             # gRPC would send the error's text to the client; that stays here.
             logger.exception("a stream failed")
             await self._write(Refusal("INTERNAL", "the server failed; its log has the reason").fault)
+        finally:
+            self._visitor.note("disconnected")
 
     async def _converse(self) -> None:
         if not await self._greet():
@@ -245,7 +276,9 @@ class _Stream:
                     await self._context.write(answer)
                     return False
                 self._pins.opened(pin, message.opened.session)
-                logger.info("session %s: on worker %d", message.opened.session.hex()[:8], backend.number)
+                session = message.opened.session
+                logger.info("session %s: on worker %d", session.hex()[:8], backend.number)
+                self._visitor.note("opened", session, tokens=request.max_tokens, worker=backend.number)
                 await self._context.write(answer)
                 return await self._carry(call, pin)
             finally:
@@ -272,7 +305,9 @@ class _Stream:
             if answer is None:
                 raise self._gone()
             await self._context.write(answer)
-            if message_field(_unsealed(answer)) != _SERVER["attached"]:
+            if message_field(_unsealed(answer)) == _SERVER["attached"]:
+                self._visitor.note("attached", request.session, worker=pin.backend.number)
+            else:
                 if parse_server_message(_unsealed(answer)).fault.code == pb.Fault.SESSION_UNKNOWN:
                     self._pins.free(pin)
                 return False
@@ -324,6 +359,7 @@ class _Stream:
                 if over:
                     if field == _SERVER["fault"]:
                         self._fleet.doubt(pin.backend)
+                    self._visitor.note("closed", pin.id)
                     self._pins.free(pin)  # first: with the answer, the device may be gone
                 await self._context.write(data)
                 if over:

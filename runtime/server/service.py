@@ -14,7 +14,7 @@ from ..wire import isthmus_pb2 as pb
 from ..wire.framing import Refusal, Seals, check_hello, parse_client_message, seal, welcome_message
 from ..wire.transport import PIPELINE_DEPTH, SERVICE, SESSION_METHOD
 from .admission import ANYONE, NOT_ACCEPTED, Admission
-from .audit import AuditLog
+from .audit import AuditLog, Visitor
 from .compute import ComputeEngine
 from .compute_thread import ComputeThread
 from .frame_rate import FrameRate
@@ -121,7 +121,8 @@ class _Stream:
         metrics: Metrics | None,
         audit: AuditLog | None,
     ) -> None:
-        self._owner, self._frames, self._metrics, self._audit = owner, frames, metrics, audit
+        self._owner, self._frames, self._metrics = owner, frames, metrics
+        self._visitor = Visitor(audit, context.peer(), owner)
         self._engine = engine
         self._table = table
         self._compute = compute
@@ -175,10 +176,7 @@ class _Stream:
 
     def _note(self, event: str, **fields: str | int) -> None:
         """Tell the audit log."""
-        if self._audit is not None:
-            if self._session is not None:
-                fields["session"] = self._session.id.hex()[:8]
-            self._audit.record(event, peer=self._context.peer(), device=self._owner, **fields)
+        self._visitor.note(event, b"" if self._session is None else self._session.id, **fields)
 
     def _evict(self) -> None:
         self._evicted = True

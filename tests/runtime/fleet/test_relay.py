@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from isthmus.errors import LinkError, ProtocolError, SecurityError
 from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.server.admission import Admission
+from isthmus.runtime.server.audit import AuditLog
 from isthmus.runtime.server.frame_rate import FrameRate
 from isthmus.runtime.wire import isthmus_pb2 as pb
 from isthmus.runtime.wire.authority import Authority
@@ -227,3 +229,30 @@ def test_a_device_names_nobody_but_itself(tmp_path):
     assert Admission(ServerSecurity(insecure=True)).identity({}, claim) == ""
     with pytest.raises(SecurityError, match="client_ca"):
         ServerSecurity(behind_front=True)
+
+
+def test_a_device_whose_token_is_taken_back_is_sent_away_and_the_audit_log_tells(make_fleet, make_stream, tmp_path):
+    tokens, path = tmp_path / "tokens", tmp_path / "audit.jsonl"
+    kitchen, phone = (ChannelSecurity(insecure=True, token=issue_token(tokens, name)) for name in ("kitchen", "phone"))
+    with AuditLog(path) as audit:
+        fleet = make_fleet(1, security=ServerSecurity(insecure=True, tokens=tokens), audit=audit)
+        streams = [make_stream(fleet.address, security=security) for security in (kitchen, phone)]
+        for stream in streams:
+            stream.send(opening())
+            session_of(stream)
+        kept = [line for line in tokens.read_text().splitlines(keepends=True) if not line.startswith("kitchen")]
+        tokens.write_text("".join(kept))
+        with pytest.raises(LinkError, match="UNAUTHENTICATED"):
+            while True:
+                streams[0].receive(20)
+        streams[1].send(step(1, 0))
+        streams[1].send(message(close=pb.Close()))
+        assert bodies(streams[1], 2) == ["result", "closed"]
+        with pytest.raises(SecurityError):
+            make_stream(fleet.address, security=kitchen).receive(20)
+        streams[1].close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    of = {name: [line["event"] for line in lines if line.get("device") == name] for name in ("kitchen", "phone")}
+    assert of["kitchen"] == ["connected", "opened", "expelled", "disconnected"]
+    assert of["phone"][:3] == ["connected", "opened", "closed"]
+    assert [line["event"] for line in lines if "device" not in line] == ["turned away"]
