@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Processes that run tests: each has a file at a time, and exports the tiny models that it needs itself.
 JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PACKAGES := quant devices export runtime cli
 
 .PHONY: demo test quick chaos oldest lint bench proto clean
@@ -15,7 +16,7 @@ demo: $(VENV)/.installed
 test quick chaos oldest: export OMP_NUM_THREADS := 1
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
 	$(MAKE) oldest
 
 # What depends on onnxruntime's kernels, on the oldest version that a bundle accepts.
@@ -29,7 +30,7 @@ oldest:
 
 # Without the tests that need the default model or more than a few seconds.
 quick: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 # Servers, devices, links, disks and certificates that fail, three times in a row; see docs/faults.md.
 chaos: $(VENV)/.installed-dev

@@ -41,6 +41,7 @@ from isthmus.runtime.wire.transport import SESSION_PATH
 SECURITY = ChannelSecurity(insecure=True)
 LEASE_S = 5
 SAMPLE_S = 5.0
+WAVE_S = 1.0  # at least: sessions of devices that vanish stay for the lease, and would fill the server
 NEW_TOKENS = 24
 
 
@@ -149,6 +150,8 @@ def soak(recordings: Recordings, address: str, minutes: float, sessions: int) ->
                 (rng.choice(recordings.generations), rng.randrange(NEW_TOKENS), rng.random() < 0.5)
                 for _ in range(rng.randrange(sessions // 2 + 1))
             ]
+            ends["waves"] += 1
+            next_wave = time.monotonic() + WAVE_S
             beside = threading.Thread(target=lambda leaving=leaving: asyncio.run(leavers(leaving)))
             beside.start()
             report = replay(recordings, address, sessions=rng.randrange(1, sessions + 1), security=SECURITY).to_dict()
@@ -156,6 +159,7 @@ def soak(recordings: Recordings, address: str, minutes: float, sessions: int) ->
             ends["finished"] += report["finished"]
             ends["waves with other tokens"] += not report["identical"]
             ends.update(report["errors"])
+            time.sleep(max(0.0, next_wave - time.monotonic()))
     return ends
 
 

@@ -93,6 +93,12 @@ settings.register_profile("isthmus", deadline=None)
 settings.load_profile("isthmus")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: at the end, none is left to one process alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def byte_tokenizer() -> Tokenizer:
     """One token for each of the 256 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
