@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import random
 import re
@@ -212,6 +213,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    # gRPC has one poller for all event loops of a process, and logs an error for each that has closed meanwhile.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as home:
         server = Server(args.bundle / "server", Path(home))
         server.samples.append(server.sample())
