@@ -36,7 +36,8 @@ from tqdm import tqdm
 from isthmus.devices.link import parse_duration_s, parse_rate_mbit_s
 from isthmus.runtime.chain import Chain
 from isthmus.runtime.edge.generate import Token
-from isthmus.runtime.edge.model import DraftMode, EdgeModel
+from isthmus.runtime.edge.model import EdgeModel
+from isthmus.runtime.edge.options import DraftMode
 from isthmus.runtime.evaluate import BundleReference, evaluate_text
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.wire.security import ChannelSecurity

@@ -28,7 +28,8 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
-from isthmus.runtime.edge.model import DraftMode, EdgeModel, Prompt
+from isthmus.runtime.edge.model import EdgeModel, Prompt
+from isthmus.runtime.edge.options import DraftMode
 from isthmus.runtime.edge.prompt_bench import PromptReport, bench_prompts, read_prompts
 from isthmus.runtime.wire.security import ChannelSecurity
 

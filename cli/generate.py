@@ -93,6 +93,13 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
         "only where the answer is late, and 0 takes the draft's token then however unsure it is",
     )
     parser.add_argument(
+        "--skip-schedule",
+        metavar="MOST:LEAST:TOKENS",
+        help="skip decoding: of a model's 30 layers, 30:24:128 runs all for the first generated token and ever fewer, "
+        "24 from the 128th on; the prompt runs through all. The text is no longer the full model's, and soon a worse "
+        "one. For bundles of small blocks (export --layers-per-block 2)",
+    )
+    parser.add_argument(
         "--accept",
         choices=("exact", "relaxed"),
         default="exact",
@@ -145,6 +152,7 @@ def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> Ed
     from ..devices.budget import parse_megabytes
     from ..devices.limits import enforce_memory_limit
     from ..runtime.edge.model import EdgeModel
+    from ..runtime.skipping import SkipSchedule
 
     limit_mb = parse_megabytes(args.memory_limit) if args.memory_limit else None
     if limit_mb is not None:
@@ -164,6 +172,7 @@ def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> Ed
         overlap=args.overlap,
         on_server_loss=args.on_server_loss,
         exit_agreement=args.exit_agreement,
+        skip_schedule=SkipSchedule.parse(args.skip_schedule) if args.skip_schedule else None,
     )
 
 
@@ -279,8 +288,9 @@ def _regenerate(args: argparse.Namespace) -> int:
     from ..errors import RequestError
     from ..runtime.edge.counterfactual import read_run, regenerate
 
-    if args.exit_agreement is not None:
-        raise RequestError("--exit-agreement with --noise-of: a run is repeated by the full model; leave exits out")
+    for option, value in (("--exit-agreement", args.exit_agreement), ("--skip-schedule", args.skip_schedule)):
+        if value is not None:
+            raise RequestError(f"{option} with --noise-of: a run is repeated by the full model; leave {option} out")
     replace: dict[int, int] = {}
     for text in args.replace:
         position, _, token = text.partition("=")
@@ -374,7 +384,9 @@ def _summary(result: Generation) -> str:
                 f"{result.drafts.drafted} drafts accepted"
             )
         if result.exited:
-            line += f"; {result.exited} tokens exited, {result.mean_layers:.1f} layers a token"
+            line += f"; {result.exited} tokens exited"
+    if len({token.layers for token in result.tokens}) > 1:
+        line += f"; {result.mean_layers:.1f} layers a token"
     if result.deadline_ms is not None:
         levels = Counter(token.level for token in result.tokens if token.level is not None)
         shares = ", ".join(f"{count} at level {level}" for level, count in sorted(levels.items()))

@@ -54,7 +54,7 @@ def print_manifest(manifest: Manifest, *, as_json: bool) -> None:
         print(json.dumps(json.loads(manifest.to_json()), indent=2))
         return
     arch, report = manifest.architecture, manifest.validation
-    differences = report.get("segments", {})
+    differences, influence = report.get("segments", {}), report.get("influence", {})
     if manifest.device_only or manifest.server_only:
         where = f"the whole model on the {'device' if manifest.device_only else 'server'}"
     else:
@@ -80,9 +80,10 @@ def print_manifest(manifest: Manifest, *, as_json: bool) -> None:
                 size,
                 drift.get("max_abs"),
                 drift.get("relative"),
+                influence.get(segment.name),
             ]
         )
-    headers = ["half", "segment", "layers", "bits", "weights", "MB", "max |Δ|", "relative Δ"]
+    headers = ["half", "segment", "layers", "bits", "weights", "MB", "max |Δ|", "relative Δ", "KL without"]
     print(tabulate(rows, headers=headers, floatfmt=".3g"))
     totals = [[half, sum(f.bytes for f in files) / 1e6, len(files)] for half, files in manifest.files.items()]
     print()

@@ -16,6 +16,7 @@ from .codecs import open_codec
 from .ragged import RaggedStack
 from .sampling import Sampler, Sampling
 from .segments import Head, KVCache, LayerStack
+from .skipping import NO_BYPASS, Bypass
 
 
 class CachedSession(Protocol):
@@ -44,8 +45,8 @@ class BatchedStack(Protocol):
         """Time spent in onnxruntime so far."""
         ...
 
-    def session(self, capacity: int) -> CachedSession:
-        """A session of at most ``capacity`` positions."""
+    def session(self, capacity: int, bypass: Bypass = NO_BYPASS) -> CachedSession:
+        """A session of at most ``capacity`` positions, some of which leave blocks out."""
         ...
 
     def forward(self, parts: Sequence[tuple[KVCache, NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
@@ -99,9 +100,11 @@ class BackEngine:
         """
         return cls(open_bundle(folder, "server"), default_threads() if threads is None else threads)
 
-    def new_session(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = ()) -> BackSession:
+    def new_session(
+        self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = (), bypass: Bypass = NO_BYPASS
+    ) -> BackSession:
         """A session of at most ``max_tokens`` positions; ``context_ids`` feed the repetition penalty."""
-        return BackSession(self._stack.session(max_tokens), self._head, Sampler(sampling, context_ids))
+        return BackSession(self._stack.session(max_tokens, bypass), self._head, Sampler(sampling, context_ids))
 
     def codec(self, name: str) -> Codec:
         """A decoder of what devices send; raises `CodecError` if this bundle has no such codec."""

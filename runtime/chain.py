@@ -16,6 +16,7 @@ from .bundle import Bundle, open_bundle
 from .codecs import checked_level, open_levels
 from .edge.generate import PREFILL_CHUNK
 from .segments import Embedding, Head, LayerStack, StackSession
+from .skipping import Bypass
 from .text import Tokenizer
 
 HEAD_ROWS = 64  # logits of that many tokens are in memory at a time
@@ -97,6 +98,11 @@ class Chain:
         """Forget the text from position ``length`` on."""
         for session in self._sessions():
             session.cache.truncate(length)
+
+    def leave_out(self, bypass: Bypass) -> None:
+        """Have further positions leave blocks out, see `isthmus.runtime.skipping`; those in the caches stay."""
+        for session in self._sessions():
+            session.cache.bypass = bypass
 
     def truncate_back(self) -> None:
         """Forget the text behind the split only, to run it there again."""

@@ -6,7 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..errors import BundleError, RequestError
 from .bundle import Bundle
 from .pool import KVPool
 from .segments import KVCache
+from .skipping import NO_BYPASS, Bypass, running_blocks, stretches
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,11 @@ def advance_together(bundle: Bundle) -> bool:
         )
         return False
     return True
+
+
+Part = tuple[KVCache, NDArray[np.float32]]  # the next rows of a cache of the pool
+
+_Shape = tuple[int, int, int, int, tuple[int, ...]]  # slots [first, last), rows, the most of a sequence, blocks
 
 
 @dataclass
@@ -94,22 +100,25 @@ class RaggedStack:
         layers = range(segments[0].first_layer, segments[-1].last_layer)
         self.pool = KVPool(layers, bundle.kv, capacity, slots)
         self._blocks = [(segment, Graph(bundle.path(segment.ragged_graph_file), threads)) for segment in segments]
-        self._lanes: OrderedDict[tuple[int, int, int, int], _Lane] = OrderedDict()
+        self._starts = [segment.first_layer for segment in segments]
+        self._lanes: OrderedDict[_Shape, _Lane] = OrderedDict()
 
     @property
     def onnxruntime_seconds(self) -> float:
         """Time spent in onnxruntime so far."""
         return sum(graph.seconds for _, graph in self._blocks)
 
-    def session(self, capacity: int) -> RaggedSession:
+    def session(self, capacity: int, bypass: Bypass = NO_BYPASS) -> RaggedSession:
         """A session of at most ``capacity`` positions."""
-        return RaggedSession(self, self.pool.take(capacity), self._d_model)
+        cache = self.pool.take(capacity)
+        cache.bypass = bypass
+        return RaggedSession(self, cache, self._d_model)
 
     def kv_bytes(self, capacity: int) -> int:
         """Bytes of KV cache that a session of that capacity comes to."""
         return self.pool.session_bytes(capacity)
 
-    def forward(self, parts: Sequence[tuple[KVCache, NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
+    def forward(self, parts: Sequence[Part]) -> list[NDArray[np.float32]]:
         """Run hidden states through the layers and append them to their caches.
 
         A row's bits do not depend on the other parts.
@@ -128,11 +137,44 @@ class RaggedStack:
                 raise RequestError(
                     f"{cache.length} positions and {len(hidden)} more: this session was opened for {cache.capacity}"
                 )
+        cuts = [list(stretches(cache.bypass, cache.length, len(hidden))) for cache, hidden in parts]
+        if max(map(len, cuts)) == 1:
+            return self._advance(parts)
+        outputs: list[list[NDArray[np.float32]]] = [[] for _ in parts]
+        before = [cache.length for cache, _ in parts]
+        try:
+            for turn in range(max(map(len, cuts))):
+                due = [at for at, rows in enumerate(cuts) if turn < len(rows)]
+                rows = self._advance([(parts[at][0], parts[at][1][cuts[at][turn]]) for at in due])
+                for at, part in zip(due, rows, strict=True):
+                    outputs[at].append(part.copy())
+        except BaseException:
+            for (cache, _), length in zip(parts, before, strict=True):
+                cache.truncate(length)
+            raise
+        return [np.concatenate(several) for several in outputs]
+
+    def _advance(self, parts: Sequence[Part]) -> list[NDArray[np.float32]]:
+        """Run rows each of which goes through the same blocks as the others of its part."""
+        runs = [set(running_blocks(cache.bypass, self._starts, cache.length)) for cache, _ in parts]
+        rows = [hidden for _, hidden in parts]
+        blocks = range(len(self._blocks))
+        for together, some in groupby(blocks, lambda block: [at for at, own in enumerate(runs) if block in own]):
+            if together:
+                outputs = self._run([(parts[at][0], rows[at]) for at in together], tuple(some))
+                for at, output in zip(together, outputs, strict=True):
+                    rows[at] = output
+        for cache, hidden in parts:
+            cache.length += len(hidden)
+        return rows
+
+    def _run(self, parts: Sequence[Part], blocks: tuple[int, ...]) -> list[NDArray[np.float32]]:
+        """Run blocks over the next rows of some caches, whose lengths stay."""
         slots = [self.pool.slot(cache) for cache, _ in parts]
         counts = [len(hidden) for _, hidden in parts]
         ends = list(accumulate(counts))
         first, last = min(slots), max(slots) + 1
-        lane = self._lane(first, last, ends[-1], max(counts) + 1)
+        lane = self._lane((first, last, ends[-1], max(counts) + 1, blocks))
         if lane.layout != (slots, counts):
             lane.arrange(slots, counts)
         # A sequence that rests keeps what it has.
@@ -144,22 +186,19 @@ class RaggedStack:
         lane.total_sequence_length[...] = max(seqlens) + 1
         for graph, binding in lane.runs:
             graph.run_bound(binding)
-        for (cache, _), count in zip(parts, counts, strict=True):
-            cache.length += count
         output = lane.hidden[len(lane.runs) % 2][0]
         return [output[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
-    def _lane(self, first: int, last: int, rows: int, queries: int) -> _Lane:
-        key = (first, last, rows, queries)
-        lane = self._lanes.get(key)
+    def _lane(self, shape: _Shape) -> _Lane:
+        lane = self._lanes.get(shape)
         if lane is None:
-            lane = self._lanes[key] = self._bind(first, last, rows, queries)
+            lane = self._lanes[shape] = self._bind(*shape)
             if len(self._lanes) > MAX_LANES:
                 self._lanes.popitem(last=False)
-        self._lanes.move_to_end(key)
+        self._lanes.move_to_end(shape)
         return lane
 
-    def _bind(self, first: int, last: int, rows: int, queries: int) -> _Lane:
+    def _bind(self, first: int, last: int, rows: int, queries: int, blocks: tuple[int, ...]) -> _Lane:
         sequences = last - first
         lane = _Lane(
             hidden=[np.zeros((1, rows, self._d_model), np.float32) for _ in range(2)],
@@ -173,7 +212,7 @@ class RaggedStack:
         hidden = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in lane.hidden]
         inputs = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in lane.inputs.items()}
         caches = self.pool.view(first, last)
-        for index, (segment, graph) in enumerate(self._blocks):
+        for index, (segment, graph) in enumerate(self._blocks[block] for block in blocks):
             binding = graph.binding()
             binding.bind_ortvalue_input("hidden", hidden[index % 2])
             binding.bind_ortvalue_output("hidden_out", hidden[(index + 1) % 2])

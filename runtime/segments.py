@@ -19,6 +19,7 @@ from ..devices.backend import Graph, require_onnxruntime
 from ..errors import RequestError
 from ..quant.nbits import PACKED_BITS, PackedWeight, dequantize
 from .bundle import Bundle, KVSpec
+from .skipping import NO_BYPASS, Bypass, running_blocks, stretches
 
 SIDES = ("key", "value")
 MAX_LANES = 8  # chunk lengths whose buffers are kept: one token, the prefill chunk, its remainder, drafts
@@ -92,6 +93,7 @@ class KVCache:
         length: valid positions; the rows beyond are ignored, so that lowering it rolls back.
         capacity: positions that fit.
         arrays: each layer's keys and values.
+        bypass: blocks that leave positions out; what the arrays hold of these is never read.
     """
 
     def __init__(self, layers: range, spec: KVSpec, capacity: int) -> None:
@@ -108,6 +110,7 @@ class KVCache:
 
     def _hold(self, arrays: dict[tuple[str, int], NDArray[Any]], capacity: int) -> None:
         self.length = 0
+        self.bypass: Bypass = NO_BYPASS
         self.capacity = capacity
         self.arrays = arrays
 
@@ -161,7 +164,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class _Lane:
-    """Buffers and bindings for one chunk length.
+    """Buffers and bindings for one chunk length and the blocks that it runs through.
 
     A binding does not keep its memory alive: every buffer that one names must be held here.
     """
@@ -189,11 +192,14 @@ class LayerStack:
         self.kv = bundle.kv
         self.blocks = [(segment, Graph(bundle.graph_path(segment), threads)) for segment in bundle.segments("block")]
         segments = [segment for segment, _ in self.blocks]
+        self.starts = [segment.first_layer for segment in segments]
         self.layers = range(segments[0].first_layer, segments[-1].last_layer) if segments else range(0)
 
-    def session(self, capacity: int) -> StackSession:
+    def session(self, capacity: int, bypass: Bypass = NO_BYPASS) -> StackSession:
         """A session of at most ``capacity`` positions, its KV cache allocated."""
-        return StackSession(self, KVCache(self.layers, self.kv, capacity))
+        cache = KVCache(self.layers, self.kv, capacity)
+        cache.bypass = bypass
+        return StackSession(self, cache)
 
     @property
     def onnxruntime_seconds(self) -> float:
@@ -215,7 +221,7 @@ class StackSession:
         self._total = np.zeros((), np.int32)
         self._seqlens_value = ort.OrtValue.ortvalue_from_numpy(self._seqlens)
         self._total_value = ort.OrtValue.ortvalue_from_numpy(self._total)
-        self._lanes: OrderedDict[int, _Lane] = OrderedDict()
+        self._lanes: OrderedDict[tuple[int, tuple[int, ...]], _Lane] = OrderedDict()
 
     @property
     def d_model(self) -> int:
@@ -242,7 +248,13 @@ class StackSession:
             raise RequestError(
                 f"{cache.length} positions and {tokens} more: this session was opened for {cache.capacity}"
             )
-        lane = self._lane(tokens)
+        parts = [self._run(hidden[rows]) for rows in stretches(cache.bypass, cache.length, tokens)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _run(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run rows that go through the same blocks."""
+        cache, tokens = self.cache, len(hidden)
+        lane = self._lane(tokens, running_blocks(cache.bypass, self._stack.starts, cache.length))
         lane.hidden_in[0] = hidden
         # Both count the graph's dummy row: one more than the valid positions.
         self._seqlens[0] = cache.length + tokens
@@ -261,21 +273,21 @@ class StackSession:
         self._lanes.clear()
         del self.cache
 
-    def _lane(self, tokens: int) -> _Lane:
-        lane = self._lanes.get(tokens)
+    def _lane(self, tokens: int, blocks: tuple[int, ...]) -> _Lane:
+        lane = self._lanes.get((tokens, blocks))
         if lane is None:
-            lane = self._lanes[tokens] = self._bind(tokens)
+            lane = self._lanes[tokens, blocks] = self._bind(tokens, blocks)
             if len(self._lanes) > MAX_LANES:
                 self._lanes.popitem(last=False)
-        self._lanes.move_to_end(tokens)
+        self._lanes.move_to_end((tokens, blocks))
         return lane
 
-    def _bind(self, tokens: int) -> _Lane:
+    def _bind(self, tokens: int, blocks: tuple[int, ...]) -> _Lane:
         shape = (1, tokens, self._stack.manifest.architecture.d_model)
         buffers = [np.zeros(shape, np.float32) for _ in range(2)]
         values = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in buffers]
         runs = []
-        for index, (segment, graph) in enumerate(self._stack.blocks):
+        for index, (segment, graph) in enumerate(self._stack.blocks[block] for block in blocks):
             binding = graph.binding()
             binding.bind_ortvalue_input("hidden", values[index % 2])
             binding.bind_ortvalue_output("hidden_out", values[(index + 1) % 2])

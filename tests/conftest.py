@@ -22,6 +22,7 @@ from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.edge.generate import LocalBack, StepReport, generate_tokens
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.segments import Embedding, Head, LayerStack, StackSession
+from isthmus.runtime.skipping import NO_BYPASS, Bypass
 
 BASE_CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -200,8 +201,8 @@ class InProcessBack:
     def __init__(self, engine: BackEngine, chunk: int) -> None:
         self._engine, self._chunk = engine, chunk
 
-    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> None:
-        self._session = self._engine.new_session(max_tokens, sampling, context_ids)
+    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int], bypass: Bypass = NO_BYPASS) -> None:
+        self._session = self._engine.new_session(max_tokens, sampling, context_ids, bypass)
 
     def chunk_limit(self) -> int:
         return self._chunk

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ...errors import ProtocolError
 from ..sampling import Sampler, Sampling
 from ..segments import AbsentEmbedding, Embedding, Head, StackSession
+from ..skipping import NO_BYPASS, Bypass
 from .controller import Controller
 
 PREFILL_CHUNK = 128  # tokens; the front computes a chunk while the server computes the one before
@@ -114,8 +115,8 @@ class Back(Protocol):
         """How often it was made again, so far."""
         ...
 
-    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> None:
-        """Begin a session of at most ``max_tokens`` positions."""
+    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int], bypass: Bypass = NO_BYPASS) -> None:
+        """Begin a session of at most ``max_tokens`` positions, some of which leave blocks behind the split out."""
         ...
 
     def chunk_limit(self) -> int:
@@ -144,7 +145,7 @@ class LocalBack:
     def __init__(self, head: Head) -> None:
         self._head = head
 
-    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> None:
+    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int], bypass: Bypass = NO_BYPASS) -> None:
         """Begin a session; the front's cache bounds its length."""
         self._sampler = Sampler(sampling, context_ids)
 

@@ -22,6 +22,7 @@ from ...errors import LinkError, RequestError
 from ..back import BackEngine, BackSession
 from ..bundle import Manifest
 from ..sampling import Sampling
+from ..skipping import NO_BYPASS, Bypass
 from .generate import PREFILL_CHUNK, Move, Replay, StepReport, Token, total
 
 if TYPE_CHECKING:  # gRPC loads only where a server is used
@@ -84,9 +85,9 @@ class OwnBack:
         self._engine = engine
         self._session: BackSession | None = None
 
-    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> None:
+    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int], bypass: Bypass = NO_BYPASS) -> None:
         """Begin a session; it takes memory from its first step on."""
-        self._opening = max_tokens, sampling, list(context_ids)
+        self._opening = max_tokens, sampling, list(context_ids), bypass
         self._session = None
 
     @property
@@ -167,17 +168,18 @@ class MovingBack:
         """Times that the device waited for a token of the server."""
         return self._remote.round_trips
 
-    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> None:
+    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int], bypass: Bypass = NO_BYPASS) -> None:
         """Begin a session: on the server, with the errors of `RemoteBack.open`, unless it is to move there later."""
         self._max_tokens, self._sampling, self._penalised = max_tokens, sampling, bool(context_ids)
+        self._bypass = bypass
         self._hidden = np.empty((max_tokens, self._d_model), np.float32)
         self._ids: list[int] = []  # of the same positions
         # Lengths, and tokens after them, that the own sampler does not know of yet.
         self._chosen_there: list[tuple[int, int]] = []
         self._there = self._plan is None
-        self._own.open(max_tokens, sampling, context_ids)
+        self._own.open(max_tokens, sampling, context_ids, bypass)
         if self._there:
-            self._remote.open(max_tokens, sampling, context_ids)
+            self._remote.open(max_tokens, sampling, context_ids, bypass)
 
     def chunk_limit(self) -> int:
         """Most tokens in one step."""
@@ -261,7 +263,7 @@ class MovingBack:
         started = perf_counter()
         history = self._own.history if self._penalised else ()
         try:
-            self._remote.open(self._max_tokens, self._sampling, history)
+            self._remote.open(self._max_tokens, self._sampling, history, self._bypass)
             rows = self._send_rows(first) if send == "kv" else []
             reports = self._send_hidden(first if send == "kv" else 0, end, sample=sample)
         except LinkError as error:

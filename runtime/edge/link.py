@@ -16,6 +16,7 @@ from ...devices.budget import JOURNAL_BYTES
 from ...errors import LinkError, RequestError
 from ...quant.codec import Codec
 from ..sampling import Sampling
+from ..skipping import NO_BYPASS, Bypass
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import (
     DRAFT_MINOR,
@@ -34,7 +35,7 @@ from .remote_session import Peers, RemoteSession
 from .verification import Answer, Question, checked_tokens
 
 if TYPE_CHECKING:
-    from .model import OnServerLoss
+    from .options import OnServerLoss
 
 logger = logging.getLogger(__name__)
 
@@ -150,13 +151,16 @@ class RemoteBack:
         by_bytes = self.limits.max_frame_bytes // (_WORST_BYTES_PER_VALUE * self._d_model)
         return max(1, min(self.limits.max_frame_tokens, by_bytes))
 
-    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = ()) -> None:
+    def open(
+        self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = (), bypass: Bypass = NO_BYPASS
+    ) -> None:
         """Connect and begin a session.
 
         Args:
             max_tokens: positions to reserve: prompt and new tokens.
             sampling: how the server chooses tokens.
             context_ids: the prompt's ids, needed only by a repetition penalty.
+            bypass: blocks of the server's half that positions leave out.
 
         Raises:
             LinkError: the server cannot be reached; `SecurityError` if it is not trusted.
@@ -167,7 +171,7 @@ class RemoteBack:
         self._session = RemoteSession(self._peers, self._renumber)
         self._questions.clear()
         self._told_up = 0
-        self._session.open(max_tokens, sampling, context_ids)
+        self._session.open(max_tokens, sampling, context_ids, bypass)
 
     def step(
         self, hidden: NDArray[np.float32], position: int, token_ids: Sequence[int] = (), *, sample: bool

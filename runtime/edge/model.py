@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,19 +16,21 @@ from ...devices.backend import default_threads
 from ...errors import RequestError
 from ...quant.codec import Codec
 from ..back import BackEngine
-from ..bundle import Bundle, open_bundle
+from ..bundle import open_bundle
 from ..codecs import checked_level, default_codec, open_levels
-from ..draft_bundle import Draft, open_draft
+from ..draft_bundle import open_draft
 from ..memory import check_session, kept_bytes, process_limit_mb
 from ..sampling import Sampling
 from ..segments import AbsentEmbedding, Embedding, Head, LayerStack
+from ..skipping import NO_BYPASS, Bypass, SkipSchedule, bypass_order, halves, running_layers
 from ..text import StopStrings, Tokenizer
 from .controller import Controller, PacedCodec
 from .draft_pace import DraftPace
 from .drafting import MAX_DRAFTS, DraftedTokens
 from .exiting import ExitTokens
-from .generate import PREFILL_CHUNK, Back, LocalBack, generate_tokens
+from .generate import PREFILL_CHUNK, Back, LocalBack, Token, generate_tokens
 from .handover import HandOver, MovingBack, OwnBack
+from .options import DraftMode, OnServerLoss, check_exits, checked_draft, checked_policy, exit_threshold
 from .stream import Generation, TextStream, TokenStream
 from .timely import RESERVE_S, TimelyTokens
 from .trained_draft import TrainedDraft
@@ -38,9 +40,6 @@ if TYPE_CHECKING:
     from .link import RemoteBack
 
 logger = logging.getLogger(__name__)
-
-OnServerLoss = Literal["wait", "replay", "local", "fail"]
-DraftMode = Literal["auto", "off", "chain", "tree", "ngram"]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or chat messages ``{"role": …, "content": …}``."""
@@ -73,6 +72,7 @@ class EdgeModel:
         overlap: bool = True,
         on_server_loss: OnServerLoss | None = None,
         exit_agreement: float | None = None,
+        skip_schedule: SkipSchedule | None = None,
     ) -> None:
         """Open ``OUT/device``; nothing is sent before the first generation.
 
@@ -108,6 +108,8 @@ class EdgeModel:
                 ones, by a calibration whose risk is `isthmus.runtime.exits.RISK`. The text is no longer exactly the
                 full model's. Greedy, undrafted generations only. With a deadline a token is taken so only if the answer
                 is late; 0 promises nothing, and takes it however unsure the draft is.
+            skip_schedule: generated tokens leave blocks of layers out, on both sides, ever more of them as the text
+                goes on. The text is no longer the full model's.
 
         Raises:
             BundleError: the folder is no intact device half.
@@ -133,16 +135,23 @@ class EdgeModel:
             )
         self._server, self._deadline_ms = server, deadline_ms
         exits = exit_agreement is not None
-        self._on_server_loss = self._checked_policy(on_server_loss, exits=exits and deadline_ms is None)
+        self._on_server_loss = checked_policy(on_server_loss, manifest, exits=exits and deadline_ms is None)
         if draft_length is not None and not 1 <= draft_length <= MAX_DRAFTS:
             raise RequestError(f"draft length {draft_length}: must lie between 1 and {MAX_DRAFTS}")
-        self._draft = self._checked_draft(draft)
+        self._draft = self._drafting(draft)
+        self._skip_schedule = skip_schedule
+        self._bypass(1)  # a schedule that this bundle cannot keep is an error now
         trained = open_draft(bundle) if exits or self._draft in ("auto", "chain", "tree") else None
         if self._draft in ("chain", "tree") and trained is None:
             raise RequestError(
                 f"draft={draft!r}: {bundle.folder} holds no trained draft; run `isthmus distill`, or choose ngram"
             )
-        self._exit_threshold = None if exit_agreement is None else self._checked_exit(exit_agreement, bundle, trained)
+        self._exit_threshold = None
+        if exit_agreement is not None:
+            check_exits(
+                exit_agreement, manifest, server=bool(server), draft=self._draft, skips=skip_schedule is not None
+            )
+            self._exit_threshold = exit_threshold(exit_agreement, bundle, trained, deadline=deadline_ms is not None)
         limit_mb = process_limit_mb(memory_limit_mb)
         codec = codec or default_codec(bundle)
         kept = kept_bytes(codec, manifest.architecture.d_model) if self._replays else 0
@@ -261,8 +270,11 @@ class EdgeModel:
             raise RequestError(f"max_new_tokens={max_new_tokens}: must be at least 1")
         max_new_tokens = min(max_new_tokens, self.context - len(ids))
         capacity = len(ids) + max_new_tokens
-        front = self._stack.session(capacity)  # first: if memory is short here, no session is left on the server
-        mode = self._draft if draft is None else self._checked_draft(draft)
+        bypass = self._bypass(len(ids))
+        front_bypass, back_bypass = halves(bypass, self.manifest.split)
+        # First: if memory is short here, no session is left on the server.
+        front = self._stack.session(capacity, front_bypass)
+        mode = self._draft if draft is None else self._drafting(draft)
         if mode == "chain" and self._trained is None:
             raise RequestError(
                 "draft='chain': the model was opened without a trained draft; open it with chain or auto"
@@ -280,7 +292,7 @@ class EdgeModel:
         controller = self._controller()
         codec = self._levels[self._level] if controller is None else PacedCodec(self._levels, controller)
         back = self._back(codec, hand_over)
-        back.open(capacity, sampling, ids if sampling.repetition_penalty != 1.0 else ())
+        back.open(capacity, sampling, ids if sampling.repetition_penalty != 1.0 else (), back_bypass)
         options: Any = {
             "layers": self.manifest.architecture.layers,
             "max_new_tokens": max_new_tokens,
@@ -315,6 +327,8 @@ class EdgeModel:
             tokens = generate_tokens(self._embedding, front, back, ids, controller=controller, **options)
         if isinstance(back, MovingBack):
             tokens = back.watched(tokens)
+        if bypass:
+            tokens = self._with_depth(tokens, bypass, len(ids))
         return TokenStream(
             tokens,
             back,
@@ -406,66 +420,21 @@ class EdgeModel:
         reserve_s = RESERVE_S if self._exit_threshold is not None else 0.0
         return Controller(self._deadline_ms / 1e3, level=self._level, levels=len(self._levels), reserve_s=reserve_s)
 
-    def _checked_policy(self, policy: OnServerLoss | None, *, exits: bool) -> OnServerLoss:
-        """What is done when the server is lost, as far as this bundle can do it."""
-        whole = self.manifest.whole_on_device and not self.manifest.device_only
-        if policy is None:
-            return "local" if whole else "replay"
-        if policy not in get_args(OnServerLoss):
-            raise RequestError(f"on_server_loss={policy!r}: must be one of {', '.join(get_args(OnServerLoss))}")
-        if policy == "local" and not (whole or exits):
-            raise RequestError(
-                "on_server_loss='local': the device has no layers to go on with; export with --device-layers all, "
-                "give an exit agreement and no deadline to go on with the draft, or choose replay"
-            )
-        if policy in ("replay", "wait") and whole:
-            raise RequestError(
-                f"on_server_loss={policy!r}: with its own copy of the layers the device goes on at once; choose local"
-            )
-        return policy
+    def _drafting(self, draft: DraftMode) -> DraftMode:
+        return checked_draft(draft, self.manifest, server=bool(self._server))
 
-    def _checked_draft(self, draft: DraftMode) -> DraftMode:
-        """How to draft; ``auto`` is off where nothing can be drafted."""
-        if draft not in get_args(DraftMode):
-            raise RequestError(f"draft={draft!r}: must be one of {', '.join(get_args(DraftMode))}")
-        reason = None
-        if not self._server:
-            reason = "the device runs all layers itself, there is no round trip to save"
-        elif self.manifest.whole_on_device:
-            reason = "this bundle's sessions move between device and server, and drafts do not move with them"
-        if reason is None or draft == "off":
-            return draft
-        if draft != "auto":
-            raise RequestError(f"draft={draft!r}: {reason}; leave drafting off")
-        return "off"
+    def _bypass(self, prompt_tokens: int) -> Bypass:
+        """The blocks that a generation leaves out."""
+        if self._skip_schedule is None:
+            return NO_BYPASS
+        layers = self.manifest.architecture.layers
+        return self._skip_schedule.bypass(bypass_order(self.manifest), layers, prompt_tokens)
 
-    def _checked_exit(self, agreement: float, bundle: Bundle, draft: Draft | None) -> float:
-        """How sure the draft must be of a token to keep a promised agreement."""
-        reason = None
-        if not self._server:
-            reason = "the device runs all layers itself, there is no round trip to save"
-        elif self.manifest.whole_on_device:
-            reason = "this bundle's sessions move between device and server, and exited tokens do not move with them"
-        elif self._draft not in ("auto", "off"):
-            reason = f"with exits nothing is drafted, and draft={self._draft!r} was asked for"
-        if reason is not None:
-            raise RequestError(f"exit agreement {agreement:g}: {reason}; leave one of them out")
-        if draft is not None and agreement == 0 and self._deadline_ms is not None:
-            return 0.0
-        if draft is None or draft.record.exits is None:
-            missing = (
-                "trained draft; run `isthmus distill`"
-                if draft is None
-                else ("calibration of its draft; run `isthmus distill --exits-only`")
-            )
-            raise RequestError(f"exit agreement {agreement:g}: {bundle.folder} holds no {missing}")
-        threshold = draft.record.exits.threshold(agreement)
-        if threshold is None:
-            raise RequestError(
-                f"exit agreement {agreement:g}: this draft cannot promise that, measured on "
-                f"{sum(draft.record.exits.tokens)} tokens; promise less, or measure on more text"
-            )
-        return threshold
+    def _with_depth(self, tokens: Iterator[Token], bypass: Bypass, prompt_tokens: int) -> Iterator[Token]:
+        """The tokens, with the number of layers that each went through."""
+        for number, token in enumerate(tokens):
+            position = prompt_tokens + number - 1  # of what it was chosen after
+            yield token._replace(layers=running_layers(bypass, self.manifest, position))
 
     def _verifies(self, back: Back) -> bool:
         """Whether the server of an opened session takes drafts."""

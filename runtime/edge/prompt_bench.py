@@ -12,7 +12,8 @@ from typing import Any
 
 from ...errors import RequestError
 from ..sampling import Sampling
-from .model import DraftMode, EdgeModel, Prompt
+from .model import EdgeModel, Prompt
+from .options import DraftMode
 from .stream import Generation
 
 Progress = Callable[[str, int, int], None]  # what, prompts done, prompts in all

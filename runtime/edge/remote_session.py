@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from ...devices.budget import JOURNAL_BYTES
 from ...errors import LinkError, ProtocolError, SecurityError
 from ..sampling import Sampling
+from ..skipping import NO_BYPASS, Bypass
 from ..wire import isthmus_pb2 as pb
-from ..wire.framing import DRAFT_MINOR, fault_error, open_message, renumbered_step
+from ..wire.framing import DRAFT_MINOR, PROTOCOL_MAJOR, SKIP_MINOR, fault_error, open_message, renumbered_step
 from ..wire.security import ChannelSecurity
 from ..wire.stream import ClientStream, DamagedMessageError
 from ..wire.transport import PIPELINE_DEPTH, RESULTS_KEPT
@@ -22,7 +23,7 @@ from .generate import Replay
 from .journal import Journal, context_of
 
 if TYPE_CHECKING:
-    from .model import OnServerLoss
+    from .options import OnServerLoss
 
 logger = logging.getLogger(__name__)  # gets texts of errors: a record that is kept would keep their connections
 
@@ -97,7 +98,7 @@ class RemoteSession:
         self._resends = self._attempts = 0  # since the last result
         self.journal = Journal(peers.journal_bytes if peers.replays else 0)
         self._lost = False  # no server has it any more
-        self._opening: tuple[int, Sampling, tuple[int, ...]] = (0, Sampling(), ())
+        self._opening: tuple[int, Sampling, tuple[int, ...], Bypass] = (0, Sampling(), (), NO_BYPASS)
 
     @property
     def limits(self) -> pb.Limits:
@@ -120,10 +121,10 @@ class RemoteSession:
         """Wait for at most so long; whether `receive` would not wait for the server then."""
         return self._live_stream().wait(seconds)
 
-    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> None:
+    def open(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int], bypass: Bypass = NO_BYPASS) -> None:
         """Begin it on the first server that grants it, see `isthmus.runtime.edge.link.RemoteBack.open`."""
-        self._opening = max_tokens, sampling, tuple(context_ids)
-        request = open_message(max_tokens, sampling, context_ids)
+        self._opening = max_tokens, sampling, tuple(context_ids), bypass
+        request = open_message(max_tokens, sampling, context_ids, bypass)
         for address in self._peers.addresses[:-1]:
             try:
                 self._open(address, request)
@@ -214,6 +215,11 @@ class RemoteSession:
         for resends in range(_MAX_RESENDS, -1, -1):
             self._connect(request)
             try:
+                if self._opening[-1] and self.minor < SKIP_MINOR:
+                    raise LinkError(
+                        f"{address} speaks protocol {PROTOCOL_MAJOR}.{self.minor}: a skip schedule needs "
+                        f"{PROTOCOL_MAJOR}.{SKIP_MINOR}; update the server, or leave the schedule out"
+                    )
                 self.id = self._expect("opened", self._peers.step_timeout).opened.session
                 return
             except BaseException as error:
@@ -366,8 +372,8 @@ class RemoteSession:
     def _replay(self, address: str, reason: LinkError, started: float) -> None:
         """Make the session again at an address: what was done, then what was on its way."""
         messages, chosen = self.journal.replay(self.acknowledged)
-        max_tokens, sampling, context_ids = self._opening
-        self._open(address, open_message(max_tokens, sampling, context_of(context_ids, chosen)))
+        max_tokens, sampling, context_ids, bypass = self._opening
+        self._open(address, open_message(max_tokens, sampling, context_of(context_ids, chosen), bypass))
         sent_before = self.bytes_up
         for number, message in enumerate(messages):
             if number >= PIPELINE_DEPTH:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import IsthmusError, LinkError
+from ..skipping import Bypass
 from .identity import WorkerIdentity
 from .pipeline import Part, Stage
 from .worker import Report, Worker, WorkerOptions
@@ -106,8 +107,8 @@ class _RemoteStage:
 
         self._actor, self._get = actor, ray.get
 
-    def take(self, session: int, capacity: int) -> None:
-        self._get(self._actor.take.remote(session, capacity))
+    def take(self, session: int, capacity: int, bypass: Bypass) -> None:
+        self._get(self._actor.take.remote(session, capacity, bypass))
 
     def forward(self, parts: Sequence[Part], hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         rows: NDArray[np.float32] = self._get(self._actor.forward.remote(parts, hidden))

@@ -22,6 +22,7 @@ from ..memory import kv_budget, process_limit_mb
 from ..ragged import RaggedStack, advance_together
 from ..segments import KVCache
 from ..server.limits import ServerLimits
+from ..skipping import NO_BYPASS, Bypass
 
 Part = tuple[int, int, int]  # a session's number, its length before, and how many rows it has
 
@@ -29,7 +30,7 @@ Part = tuple[int, int, int]  # a session's number, its length before, and how ma
 class LaterStage(Protocol):
     """A later process, as the first one calls it; see `Stage`."""
 
-    def take(self, session: int, capacity: int) -> None:
+    def take(self, session: int, capacity: int, bypass: Bypass) -> None:
         """See `Stage.take`."""
         ...
 
@@ -121,9 +122,9 @@ class Stage:
         self._room, self._stack = opened.kv_budget, opened.stack
         self._caches: dict[int, KVCache] = {}
 
-    def take(self, session: int, capacity: int) -> None:
-        """Have room for a session of so many positions."""
-        self._caches[session] = self._stack.pool.take(capacity)
+    def take(self, session: int, capacity: int, bypass: Bypass) -> None:
+        """Have room for a session of so many positions, some of which leave blocks out."""
+        self._caches[session] = self._stack.session(capacity, bypass).cache
 
     def forward(self, parts: Sequence[Part], hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run the rows ``[rows, d_model]`` of some sessions through the blocks; what comes out, likewise."""
@@ -173,13 +174,13 @@ class PipelineStack:
         self._numbers = itertools.count()
         self.sessions: dict[KVCache, int] = {}
 
-    def session(self, capacity: int) -> PipelineSession:
-        """A session of at most ``capacity`` positions."""
-        cache, number = self._first.pool.take(capacity), next(self._numbers)
+    def session(self, capacity: int, bypass: Bypass = NO_BYPASS) -> PipelineSession:
+        """A session of at most ``capacity`` positions, some of which leave blocks out."""
+        cache, number = self._first.session(capacity, bypass).cache, next(self._numbers)
         taken: list[LaterStage] = []
         try:
             for stage in self._later:
-                stage.take(number, capacity)
+                stage.take(number, capacity, bypass)
                 taken.append(stage)
         except BaseException:
             self._first.pool.give_back(cache)

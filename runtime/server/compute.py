@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ...quant.codec import Codec
 from ..bundle import Manifest
 from ..sampling import Sampling
+from ..skipping import NO_BYPASS, Bypass
 
 
 class ComputeSession(Protocol):
@@ -64,8 +65,10 @@ class ComputeEngine(Protocol):
         """Time spent in onnxruntime so far, by all sessions."""
         ...
 
-    def new_session(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = ()) -> ComputeSession:
-        """Allocate a session of at most ``max_tokens`` positions."""
+    def new_session(
+        self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = (), bypass: Bypass = NO_BYPASS
+    ) -> ComputeSession:
+        """Allocate a session of at most ``max_tokens`` positions, some of which leave blocks out."""
         ...
 
     def advance(self, parts: Sequence[tuple[Any, NDArray[np.float32], int]]) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ...errors import CodecError, NonFiniteError
 from ...quant.codec import Codec
 from ..wire import isthmus_pb2 as pb
-from ..wire.framing import Refusal, crc_matches, read_sampling
+from ..wire.framing import Refusal, crc_matches, read_bypass, read_sampling
 from ..wire.kv import decode_rows
 from ..wire.transport import MAX_PATH, RESULTS_KEPT
 from .compute import ComputeEngine, ComputeSession
@@ -307,10 +307,13 @@ class SessionTable:
                 f"{len(request.context_ids)} context ids: must be at most max_tokens={max_tokens}, each below the "
                 f"vocabulary's {vocabulary}",
             )
+        bypass = read_bypass(request.bypass, self._engine.manifest)
         kv_bytes = self._engine.kv_bytes(max_tokens)
         self._admit(kv_bytes, owner)
         try:
-            compute = await self._compute.run(self._engine.new_session, max_tokens, sampling, list(request.context_ids))
+            compute = await self._compute.run(
+                self._engine.new_session, max_tokens, sampling, list(request.context_ids), bypass
+            )
         except BaseException:
             self._release(kv_bytes, owner)
             raise

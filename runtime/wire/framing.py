@@ -10,13 +10,16 @@ from google.protobuf.message import DecodeError
 
 from ..._version import __version__
 from ...errors import ProtocolError, RequestError
+from ..bundle import Manifest
 from ..sampling import Sampling
+from ..skipping import NO_BYPASS, Bypass
 from . import isthmus_pb2 as pb
 
 PROTOCOL_MAJOR = 1  # must be equal on both ends
-PROTOCOL_MINOR = 2  # the lower of both is spoken; 1 added keys and values, 2 drafts
+PROTOCOL_MINOR = 3  # the lower of both is spoken; 1 added keys and values, 2 drafts, 3 skip decoding
 KV_MINOR = 1
 DRAFT_MINOR = 2
+SKIP_MINOR = 3
 
 _STEP_HEADER = struct.Struct("<QII?")
 _KV_HEADER = struct.Struct("<IIi")
@@ -179,7 +182,7 @@ def check_hello(hello: pb.Hello, *, manifest_sha256: str, split: int, codecs: Se
         )
 
 
-def open_message(max_tokens: int, sampling: Sampling, context_ids: Sequence[int]) -> bytes:
+def open_message(max_tokens: int, sampling: Sampling, context_ids: Sequence[int], bypass: Bypass = NO_BYPASS) -> bytes:
     """Ask for a new session."""
     wire = pb.Sampling(
         temperature=sampling.temperature,
@@ -190,7 +193,8 @@ def open_message(max_tokens: int, sampling: Sampling, context_ids: Sequence[int]
         seed=sampling.seed,
         accept_distance=sampling.accept_distance,
     )
-    opening = pb.Open(max_tokens=max_tokens, sampling=wire, context_ids=context_ids)
+    left_out = [pb.Bypass(first_layer=layer, position=position) for layer, position in bypass.items()]
+    opening = pb.Open(max_tokens=max_tokens, sampling=wire, context_ids=context_ids, bypass=left_out)
     return pb.ClientMessage(open=opening).SerializeToString()
 
 
@@ -208,6 +212,18 @@ def read_sampling(wire: pb.Sampling) -> Sampling:
         )
     except RequestError as error:
         raise Refusal("BAD_REQUEST", str(error)) from error
+
+
+def read_bypass(wire: Sequence[pb.Bypass], manifest: Manifest) -> Bypass:
+    """The blocks that an `Open` leaves out; raises `Refusal` unless they are the server's, each named once."""
+    starts = {segment.first_layer for segment in manifest.segments if segment.kind == "block"}
+    bypass = {each.first_layer: each.position for each in wire if each.first_layer >= manifest.split}
+    if len(bypass) != len(wire) or not starts.issuperset(bypass):
+        raise Refusal(
+            "BAD_REQUEST",
+            f"blocks to leave out, of {len(wire)}: each must begin a block of this server's half, and come once",
+        )
+    return bypass
 
 
 def step_crc(step: int, position: int, tokens: int, sample: bool, payload: bytes, drafted: Sequence[int] = ()) -> int:

@@ -80,14 +80,24 @@ class Limits(_message.Message):
     def __init__(self, max_frame_bytes: _Optional[int] = ..., max_frame_tokens: _Optional[int] = ..., max_session_tokens: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("max_tokens", "sampling", "context_ids")
+    __slots__ = ("max_tokens", "sampling", "context_ids", "bypass")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_IDS_FIELD_NUMBER: _ClassVar[int]
+    BYPASS_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     sampling: Sampling
     context_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., context_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    bypass: _containers.RepeatedCompositeFieldContainer[Bypass]
+    def __init__(self, max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., context_ids: _Optional[_Iterable[int]] = ..., bypass: _Optional[_Iterable[_Union[Bypass, _Mapping]]] = ...) -> None: ...
+
+class Bypass(_message.Message):
+    __slots__ = ("first_layer", "position")
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    first_layer: int
+    position: int
+    def __init__(self, first_layer: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "accept_distance")

@@ -21,6 +21,7 @@ from isthmus.runtime.edge.link import RemoteBack
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.server import BackServer
+from isthmus.runtime.skipping import NO_BYPASS, Bypass
 from isthmus.runtime.wire import development
 from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
 
@@ -108,6 +109,7 @@ class FakeEngine:
     sessions: list[FakeSession] = field(default_factory=list)
     order: list[FakeSession] = field(default_factory=list)  # whose steps were computed
     fail_at: int = -1  # length of a session at which its next step fails
+    bypassed: list[Bypass] = field(default_factory=list)  # of each session
     gate: threading.Event = field(default_factory=threading.Event)  # closed: steps wait in the engine
 
     def __post_init__(self) -> None:
@@ -117,7 +119,10 @@ class FakeEngine:
     def advanced(self) -> int:
         return len(self.order)
 
-    def new_session(self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = ()) -> FakeSession:
+    def new_session(
+        self, max_tokens: int, sampling: Sampling, context_ids: Sequence[int] = (), bypass: Bypass = NO_BYPASS
+    ) -> FakeSession:
+        self.bypassed.append(bypass)
         session = FakeSession(self, sampling.seed)
         self.sessions.append(session)
         return session

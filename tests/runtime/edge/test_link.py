@@ -30,11 +30,11 @@ def test_sampling_arrives_at_the_server_exactly(server, make_link, engine, monke
     seen = []
     new_session = engine.new_session
     monkeypatch.setattr(
-        engine, "new_session", lambda n, sampling, ids: seen.append((n, sampling, ids)) or new_session(n, sampling)
+        engine, "new_session", lambda n, sampling, *rest: seen.append((n, sampling, *rest)) or new_session(n, sampling)
     )
     sampling = Sampling(0.7, 40, 0.9, 0.05, 1.1, 2**64 - 1)
     make_link(server.address).open(99, sampling, [3, 1, 4])
-    assert seen == [(99, sampling, [3, 1, 4])]
+    assert seen == [(99, sampling, [3, 1, 4], {})]
 
 
 def test_prefill_frames_travel_together_up_to_the_pipeline_depth(server, make_link, engine, hidden, eventually):

@@ -17,7 +17,15 @@ from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire import isthmus_pb2 as pb
-from isthmus.runtime.wire.framing import hello_message, kv_crc, open_message, seal, step_crc, step_message
+from isthmus.runtime.wire.framing import (
+    PROTOCOL_MINOR,
+    hello_message,
+    kv_crc,
+    open_message,
+    seal,
+    step_crc,
+    step_message,
+)
 from isthmus.runtime.wire.security import ChannelSecurity
 from isthmus.runtime.wire.stream import ClientStream
 from isthmus.runtime.wire.transport import MAX_MESSAGE_BYTES
@@ -121,7 +129,7 @@ FITTING = {"protocol_major": 1, "manifest_sha256": MANIFEST, "split": 2, "codec"
 @pytest.mark.parametrize(
     ("change", "code", "named"),
     [
-        ({"protocol_major": 2}, "VERSION_MISMATCH", ["2.0", "1.2"]),
+        ({"protocol_major": 2}, "VERSION_MISMATCH", ["2.0", f"1.{PROTOCOL_MINOR}"]),
         ({"manifest_sha256": "c" * 64}, "MANIFEST_MISMATCH", ["c" * 64, MANIFEST]),
         ({"split": 3}, "MANIFEST_MISMATCH", ["layer 3", "at 2"]),
         ({"codec": "zip"}, "UNSUPPORTED_CODEC", ["zip", "raw32, raw16"]),

@@ -124,10 +124,10 @@ def test_a_load_tells_of_other_tokens(
     server = serve(folder)
     new_session, opened = server._engine.new_session, []
 
-    def seeded(max_tokens: int, sampling: Sampling, context_ids: Any = ()) -> Any:
+    def seeded(max_tokens: int, sampling: Sampling, *rest: Any) -> Any:
         opened.append(max_tokens)
         hot = Sampling(temperature=100.0, seed=len(opened)) if len(opened) > 4 else sampling
-        return new_session(max_tokens, hot, context_ids)
+        return new_session(max_tokens, hot, *rest)
 
     monkeypatch.setattr(server._engine, "new_session", seeded)
     report = load_test(folder / "device", server.address, sessions=2, new_tokens=6, codec="raw32", threads=1)
