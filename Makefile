@@ -2,15 +2,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that run tests: each has a file at a time, and exports the tiny models that it needs itself.
+JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PACKAGES := quant devices export runtime cli
 
-.PHONY: demo test quick oldest lint bench proto clean
+.PHONY: demo test quick chaos oldest lint bench proto clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
+# Threads of the BLAS's own would wait for each other's turn on processors that tests share: minutes of nothing.
+test quick chaos oldest: export OMP_NUM_THREADS := 1
+
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 	$(MAKE) oldest
 
 # What depends on onnxruntime's kernels, on the oldest version that a bundle accepts.
@@ -19,12 +25,16 @@ oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	grep -v '^onnxruntime=' constraints.txt > $(VENV)-oldest/constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt \
-		onnxruntime==$(OLDEST) pytest pytest-timeout hypothesis --editable '.[server,export]'
-	$(VENV)-oldest/bin/python -m pytest tests/runtime/test_invariance.py tests/runtime/test_segments.py
+		onnxruntime==$(OLDEST) pytest pytest-timeout pytest-xdist hypothesis --editable '.[server,export]'
+	$(VENV)-oldest/bin/python -m pytest -n $(JOBS) tests/runtime/test_invariance.py tests/runtime/test_segments.py
 
 # Without the tests that need the default model or more than a few seconds.
 quick: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+# Servers, devices, links, disks and certificates that fail, three times in a row; see docs/faults.md.
+chaos: $(VENV)/.installed-dev
+	for run in 1 2 3; do $(BIN)/python -m pytest -q tests/chaos || exit; done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -40,6 +40,7 @@ TOGETHER, IN_TURNS = "together", "in turns"
 def serve(folder: Path, *options: str) -> Iterator[str]:
     """A server process; its address."""
     command = [sys.executable, "-m", "isthmus.cli.main", "serve", str(folder), "--listen", "127.0.0.1:0", "--insecure"]
+    command += ["--prefix-cache", "0"]  # every repetition computes its prompts
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -262,7 +262,7 @@ def main() -> None:
         file = Path(folder) / "trace.txt"
         file.write_text("".join(f"{start} {rate} {rtt_ms}\n" for start, rate in trace))
         listen = ("--listen", "127.0.0.1:0")
-        serving: Any = ("serve", args.bundle / "server", "--insecure", "--threads", 1, *listen)
+        serving: Any = ("serve", args.bundle / "server", "--insecure", "--threads", 1, "--prefix-cache", 0, *listen)
         with command(there, *serving) as server:
             generate(args.bundle, server, chosen[1], 1.0)  # warms the server up
             order = [each for _ in range(args.repetitions) for each in chosen]

@@ -215,7 +215,17 @@ def main() -> None:
     os.sched_setaffinity(0, here)
     kept = args.output / "drafting.json" if args.output is not None else None
     results: dict[str, Any] = json.loads(kept.read_text()) if kept is not None and kept.is_file() else {}
-    serving = ("serve", args.bundle / "server", "--insecure", "--threads", 1, "--listen", "127.0.0.1:0")
+    serving = (
+        "serve",
+        args.bundle / "server",
+        "--insecure",
+        "--threads",
+        1,
+        "--prefix-cache",
+        0,
+        "--listen",
+        "127.0.0.1:0",
+    )
     with command(there, *serving) as server:
         bench = Bench(args.bundle, server, cores, args.rate)
         for part in args.parts.split(","):

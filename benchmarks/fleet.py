@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     args = parser.parse_args()
     folder = args.bundle / "server"
-    with serving("serve", folder, "--threads", "1") as alone:
+    with serving("serve", folder, "--threads", "1", "--prefix-cache", "0") as alone:
         recordings = record(args.bundle / "device", alone.address, new_tokens=args.new_tokens, security=SECURITY)
         with serving("fleet", folder, "--threads", "1", "--workers", "1") as one:
             cost = front_cost(recordings, {"serve": alone.address, "fleet": one.address}, 5 * args.repetitions)

@@ -52,7 +52,9 @@ ROWS8_BITS = 8 + 16 / 64  # a float16 scale for each head of 64
 def serve(folder: Path, core: int | None) -> Iterator[str]:
     """A server process on one thread, pinned to a core; its address."""
     command = [sys.executable, "-m", "isthmus.cli.main", "serve", str(folder), "--listen", "127.0.0.1:0"]
-    with subprocess.Popen([*command, "--threads", "1"], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, "--threads", "1", "--prefix-cache", "0"], stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             address = process.stdout.readline().split(" on ")[1].split()[0]

@@ -137,6 +137,8 @@ def measure(folder: Path, candidate: Candidate, link: LinkProfile, share: float)
                 "127.0.0.1:0",
                 "--threads",
                 "1",
+                "--prefix-cache",
+                "0",
             ]
             address = stack.enter_context(running(serve))
             shape = ["--rtt", f"{link.rtt_ms}ms", "--jitter", f"{link.jitter_ms}ms", "--loss", f"{link.loss}"]

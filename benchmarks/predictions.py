@@ -147,6 +147,7 @@ def server_of(folder: Path, configuration: Configuration) -> Iterator[str]:
         yield ""
         return
     command = [*ISTHMUS, "serve", str(folder / "server"), "--listen", "127.0.0.1:0", "--threads", "1"]
+    command += ["--prefix-cache", "0"]  # what is predicted is a prompt that is computed
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline() if process.stdout else ""

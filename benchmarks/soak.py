@@ -3,8 +3,9 @@
     python benchmarks/soak.py --bundle OUT [--minutes 60] [--sessions 24] [--plot soak.png] [--json]
 
 Waves of up to ``--sessions`` replayed generations (recorded once, every token compared) beside devices that cancel in
-the middle or vanish without a word. Memory, threads, descriptors and sessions of the server are sampled every few
-seconds; slopes are those of the second half, when all that is made once has been made.
+the middle or vanish without a word. Memory, threads, descriptors, sessions and KV cache of the server are sampled every
+few seconds. The slope of each figure is that of its least values, a tenth of an hour's samples at a time, in the second
+half, when all that is made once has been made: waves come and go, and only what stays when they have gone is a leak.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +24,8 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.request import urlopen
 
 import numpy as np
 from tabulate import tabulate
@@ -29,6 +33,7 @@ from tabulate import tabulate
 from isthmus.cli.progress import progress_bar
 from isthmus.runtime.edge.load import Recording, Recordings, record, replay
 from isthmus.runtime.sampling import Sampling
+from isthmus.runtime.server.metrics import parse_metrics
 from isthmus.runtime.wire import isthmus_pb2 as pb
 from isthmus.runtime.wire.framing import open_message
 from isthmus.runtime.wire.security import ChannelSecurity
@@ -37,6 +42,7 @@ from isthmus.runtime.wire.transport import SESSION_PATH
 SECURITY = ChannelSecurity(insecure=True)
 LEASE_S = 5
 SAMPLE_S = 5.0
+WAVE_S = 1.0  # at least: sessions of devices that vanish stay for the lease, and would fill the server
 NEW_TOKENS = 24
 
 
@@ -59,43 +65,70 @@ async def leave(recording: Recording, hello: bytes, address: str, tokens: int, *
         stream.cancel()
 
 
+class Sample(NamedTuple):
+    """What the server had at a moment."""
+
+    seconds: float  # since the start
+    resident_mb: float
+    private_mb: float  # of these, memory of its own: files that are mapped come and go
+    threads: float
+    descriptors: float
+    sessions: float
+    kv_mb: float
+
+
 class Server:
     """An ``isthmus serve`` process, and samples of it.
 
     Attributes:
-        samples: seconds since the start, MB resident, threads, descriptors.
+        samples: so far.
     """
 
-    def __init__(self, folder: Path, home: str) -> None:
-        command = [sys.executable, "-m", "isthmus.cli.main", "serve", str(folder), "--listen", "127.0.0.1:0"]
-        self.process = subprocess.Popen(
-            [*command, "--insecure", "--threads", "1", "--lease", str(LEASE_S), "--metrics", "127.0.0.1:0"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | {"HOME": home, "XDG_CONFIG_HOME": home},
-        )
-        assert self.process.stdout is not None
-        self.address = self.process.stdout.readline().split(" on ")[1].split()[0]
-        self.samples: list[tuple[float, float, int, int]] = []
+    def __init__(self, folder: Path, home: Path) -> None:
+        command = [sys.executable, "-m", "isthmus.cli.main", "-v", "serve", str(folder), "--listen", "127.0.0.1:0"]
+        with (home / "log").open("w") as log:
+            self._process = subprocess.Popen(
+                [*command, "--insecure", "--threads", "1", "--lease", str(LEASE_S), "--metrics", "127.0.0.1:0"],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | {"HOME": str(home), "XDG_CONFIG_HOME": str(home)},
+            )
+        assert self._process.stdout is not None
+        self.address = self._process.stdout.readline().split(" on ")[1].split()[0]
+        [self._metrics] = re.findall(r"metrics on (http://\S+)", (home / "log").read_text())
+        self.samples: list[Sample] = []
         self._began = time.monotonic()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def _sample(self) -> None:
-        proc = Path(f"/proc/{self.process.pid}")
+    def sample(self) -> Sample:
+        """What it has now."""
+        proc = Path(f"/proc/{self._process.pid}")
+        status = (proc / "status").read_text()
+        resident, private = (int(status.split(f"{name}:")[1].split()[0]) / 1024 for name in ("VmRSS", "RssAnon"))
+        with urlopen(self._metrics) as answer:
+            found = parse_metrics(answer.read().decode())
+        return Sample(
+            time.monotonic() - self._began,
+            resident,
+            private,
+            *(len(list((proc / name).iterdir())) for name in ("task", "fd")),
+            found["sessions"],
+            found["kv_bytes"] / 1e6,
+        )
+
+    def _watch(self) -> None:
         while not self._ended.wait(SAMPLE_S):
-            resident = int((proc / "status").read_text().split("VmRSS:")[1].split()[0]) / 1024
-            threads, descriptors = (len(list((proc / name).iterdir())) for name in ("task", "fd"))
-            self.samples.append((time.monotonic() - self._began, resident, threads, descriptors))
+            self.samples.append(self.sample())
 
     def end(self) -> None:
         """Stop sampling, then the process."""
         self._ended.set()
         self._thread.join()
-        self.process.terminate()
-        self.process.wait(30)
+        self._process.terminate()
+        self._process.wait(30)
 
 
 def soak(recordings: Recordings, address: str, minutes: float, sessions: int) -> Counter[str]:
@@ -103,16 +136,9 @@ def soak(recordings: Recordings, address: str, minutes: float, sessions: int) ->
     rng, ends = random.Random(0), Counter[str]()
     stop = time.monotonic() + 60 * minutes
 
-    async def leavers(count: int) -> None:
+    async def leavers(leaving: list[tuple[Recording, int, bool]]) -> None:
         calls = [
-            leave(
-                rng.choice(recordings.generations),
-                recordings.hello,
-                address,
-                rng.randrange(NEW_TOKENS),
-                cancel=rng.random() < 0.5,
-            )
-            for _ in range(count)
+            leave(recording, recordings.hello, address, tokens, cancel=cancel) for recording, tokens, cancel in leaving
         ]
         results = await asyncio.gather(*calls, return_exceptions=True)
         ends["left"] += sum(result is None for result in results)
@@ -121,45 +147,60 @@ def soak(recordings: Recordings, address: str, minutes: float, sessions: int) ->
     with progress_bar() as progress:
         while (left := stop - time.monotonic()) > 0:
             progress("soaking", round(60 * minutes - left), round(60 * minutes))
-            beside = threading.Thread(target=lambda: asyncio.run(leavers(rng.randrange(sessions // 2 + 1))))
+            leaving = [
+                (rng.choice(recordings.generations), rng.randrange(NEW_TOKENS), rng.random() < 0.5)
+                for _ in range(rng.randrange(sessions // 2 + 1))
+            ]
+            ends["waves"] += 1
+            next_wave = time.monotonic() + WAVE_S
+            beside = threading.Thread(target=lambda leaving=leaving: asyncio.run(leavers(leaving)))
             beside.start()
             report = replay(recordings, address, sessions=rng.randrange(1, sessions + 1), security=SECURITY).to_dict()
             beside.join()
             ends["finished"] += report["finished"]
-            ends["with other tokens"] += not report["identical"]
+            ends["waves with other tokens"] += not report["identical"]
             ends.update(report["errors"])
-        time.sleep(2 * LEASE_S)
+            time.sleep(max(0.0, next_wave - time.monotonic()))
     return ends
 
 
-def slopes(samples: list[tuple[float, float, int, int]]) -> list[dict[str, Any]]:
-    """Of each figure the first and last sample of the second half, and its slope."""
+def slopes(samples: list[Sample], rest: Sample) -> list[dict[str, Any]]:
+    """Of each figure its range in the second half, the slope of its least values there, and what it was afterwards."""
     second = np.array(samples[len(samples) // 2 :])
-    hours = second[:, 0] / 3600
+    parts = np.array_split(second, max(2, min(10, len(second) // 4)))
+    hours = np.array([part[:, 0].mean() for part in parts]) / 3600
     rows = []
-    for name, column in (("MB resident", 1), ("threads", 2), ("descriptors", 3)):
+    for column, name in enumerate(Sample._fields[1:], 1):
         values = second[:, column]
-        slope = float(np.polyfit(hours, values, 1)[0])
-        rows.append({"figure": name, "median": float(np.median(values)), "least": values.min(), "most": values.max()})
-        rows[-1]["an hour"] = slope
+        slope = float(np.polyfit(hours, [part[:, column].min() for part in parts], 1)[0])
+        rows.append(
+            {
+                "figure": name.replace("_mb", " MB"),
+                "first": samples[0][column],
+                "least": float(values.min()),
+                "most": float(values.max()),
+                "at rest": rest[column],
+                "an hour": slope,
+            }
+        )
     return rows
 
 
-def plot(samples: list[tuple[float, float, int, int]], path: Path) -> None:
+def plot(samples: list[Sample], path: Path) -> None:
     """Memory, and threads and descriptors, over time."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    at = np.array(samples)
-    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(7, 5))
-    upper.plot(at[:, 0] / 60, at[:, 1])
-    upper.set_ylabel("MB resident")
-    lower.plot(at[:, 0] / 60, at[:, 2], label="threads")
-    lower.plot(at[:, 0] / 60, at[:, 3], label="descriptors")
-    lower.set_xlabel("minutes")
-    lower.legend()
+    minutes = [sample.seconds / 60 for sample in samples]
+    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(7, 5))
+    for axis, names in zip(axes, (("resident_mb", "private_mb"), ("threads", "descriptors", "sessions")), strict=True):
+        for name in names:
+            axis.plot(minutes, [getattr(sample, name) for sample in samples], label=name.replace("_mb", " MB"))
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    axes[1].set_xlabel("minutes")
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
@@ -172,20 +213,26 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    # gRPC has one poller for all event loops of a process, and logs an error for each that has closed meanwhile.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as home:
-        server = Server(args.bundle / "server", home)
+        server = Server(args.bundle / "server", Path(home))
+        server.samples.append(server.sample())
         try:
             recordings = record(
                 args.bundle / "device", server.address, new_tokens=NEW_TOKENS, security=SECURITY, threads=1
             )
             ends = soak(recordings, server.address, args.minutes, args.sessions)
+            samples = server.samples[:]
+            time.sleep(2 * LEASE_S)  # those that vanished are forgotten
+            rest = server.sample()
         finally:
             server.end()
-    rows = slopes(server.samples)
+    rows = slopes(samples, rest)
     if args.plot:
-        plot(server.samples, args.plot)
+        plot(samples, args.plot)
     if args.json:
-        print(json.dumps({"minutes": args.minutes, "sessions": dict(ends), "slopes": rows, "samples": server.samples}))
+        print(json.dumps({"minutes": args.minutes, "sessions": dict(ends), "slopes": rows, "samples": samples}))
         return
     print(", ".join(f"{count} {end}" for end, count in ends.items() if count), end="\n\n")
     print(tabulate(rows, headers="keys", floatfmt=".1f"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .serve import add_serving_options, server_security
+from .serve import add_serving_options, server_security, serving_limits
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
     from ..devices.budget import parse_megabytes
     from ..runtime.fleet.front import FleetPlan, serve
-    from ..runtime.server.limits import ServerLimits
 
     security = server_security(args)
-    chosen = {"max_sessions": args.max_sessions, "lease_s": args.lease}
     plan = FleetPlan.of(
         workers=args.workers,
         least=args.min_workers,
@@ -51,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         stages=args.pipeline,
         threads=args.threads,
         memory_limit_mb=parse_megabytes(args.memory_limit) if args.memory_limit else None,
-        limits=ServerLimits(**{name: value for name, value in chosen.items() if value is not None}),
+        limits=serving_limits(args, max_sessions=args.max_sessions),
         ray_address=args.ray,
     )
 
@@ -65,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
             plan,
             security=security,
             metrics=args.metrics,
+            audit=args.audit,
             drain_timeout=args.drain_timeout,
             serving=serving,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..runtime.server.limits import ServerLimits
     from ..runtime.wire.security import ServerSecurity
 
 
@@ -28,11 +29,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="sessions that advance together in one run; 1 serves one step at a time (default: 32)",
-    )
-    parser.add_argument(
-        "--audit",
-        metavar="FILE",
-        help="append a line of JSON for each device that comes, opens, returns, leaves or is turned away",
     )
     parser.add_argument(
         "--log-format",
@@ -79,9 +75,32 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         help="how long a session outlives its connection (default: 30)",
     )
     parser.add_argument(
+        "--device-frames",
+        type=float,
+        metavar="N",
+        help="frames a second of one device, where they show certificates or tokens; those above wait (default: 1000)",
+    )
+    parser.add_argument(
+        "--prefix-cache",
+        metavar="SIZE",
+        help="memory for keys and values that later sessions with the same beginning need not compute; 0 keeps none "
+        "(default: 64MB)",
+    )
+    parser.add_argument(
+        "--prefix-cache-shared",
+        action="store_true",
+        help="devices that certificates or tokens tell apart use each other's, too: one can then find out by the time "
+        "of an answer what another has asked",
+    )
+    parser.add_argument(
         "--metrics",
         metavar="HOST:PORT",
         help="where Prometheus and `isthmus top` may ask for metrics (default: nowhere)",
+    )
+    parser.add_argument(
+        "--audit",
+        metavar="FILE",
+        help="append a line of JSON for each device that comes, opens, returns, leaves or is turned away",
     )
     parser.add_argument(
         "--drain-timeout",
@@ -90,6 +109,21 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="that running sessions have after SIGTERM, before they are told to move (default: %(default)g)",
     )
+
+
+def serving_limits(args: argparse.Namespace, **chosen: int | None) -> ServerLimits:
+    """By the options of `add_serving_options`, and what else was chosen."""
+    from ..devices.budget import parse_megabytes
+    from ..runtime.server.limits import ServerLimits
+
+    cache = args.prefix_cache
+    given = {
+        "lease_s": args.lease,
+        "frames_per_s_per_device": args.device_frames,
+        "prefix_cache_bytes": None if cache is None else int(1e6 * parse_megabytes(cache)) if cache != "0" else 0,
+        "prefixes_shared": args.prefix_cache_shared,
+    }
+    return ServerLimits(**{name: value for name, value in (given | chosen).items() if value is not None})
 
 
 def server_security(args: argparse.Namespace) -> ServerSecurity:
@@ -121,7 +155,6 @@ def run(args: argparse.Namespace) -> int:
 
     from ..devices.budget import parse_megabytes
     from ..devices.limits import enforce_memory_limit
-    from ..runtime.server.limits import ServerLimits
     from ..runtime.server.logs import JsonFormatter
     from ..runtime.server.server import BackServer
 
@@ -134,9 +167,8 @@ def run(args: argparse.Namespace) -> int:
         "max_sessions_per_device": args.device_sessions,
         "kv_bytes_per_device": int(1e6 * parse_megabytes(args.device_kv)) if args.device_kv else None,
         "max_batch": args.max_batch,
-        "lease_s": args.lease,
     }
-    limits = ServerLimits(**{name: value for name, value in chosen.items() if value is not None})
+    limits = serving_limits(args, **chosen)
     limit_mb = parse_megabytes(args.memory_limit) if args.memory_limit else None
     if limit_mb is not None:
         enforce_memory_limit(limit_mb)

@@ -68,16 +68,19 @@ def _table(now: dict[str, float], before: dict[str, float], seconds: float) -> s
         count = gained(f"step_seconds_count{{part={part}}}")
         return f"{1e3 * gained(f'step_seconds_sum{{part={part}}}') / count:.2f}" if count else "–"
 
-    runs = gained("runs")
+    runs, asked = gained("runs"), gained("prefix_tokens_asked")
+    reused = f"{100 * gained('prefix_tokens_reused') / asked:.0f} %" if asked else "–"
     rows: list[list[object]] = [
         ["sessions, carried by a stream", f"{now.get('sessions', 0):.0f}, {now.get('sessions_carried', 0):.0f}"],
         ["KV cache", f"{now.get('kv_bytes', 0) / 1e6:.1f} of {now.get('kv_budget_bytes', 0) / 1e6:.0f} MB"],
+        ["prefix cache, prompt rows from it", f"{now.get('prefix_cache_bytes', 0) / 1e6:.1f} MB, {reused}"],
         ["tokens" + ("/s" if seconds else ""), f"{gained('tokens_total') / (seconds or 1):.1f}"],
         ["steps in a run", f"{gained('steps_run') / runs:.2f}" if runs else "–"],
         ["ms a step: decode, queue, compute", ", ".join(map(mean_ms, ("decode", "queue", "compute")))],
         ["sessions opened, attached again", f"{now.get('sessions_opened_total', 0):.0f}, "
          f"{now.get('sessions_attached_total', 0):.0f}"],
-        ["peers refused", f"{now.get('peers_refused_total', 0):.0f}"],
+        ["peers refused, failed connections", f"{now.get('peers_refused_total', 0):.0f}, "
+         f"{now.get('connections_failed_total', 0):.0f}"],
     ]  # fmt: skip
     rows += [
         [name.replace("faults_total{code=", "refused: ").rstrip("}"), f"{value:.0f}"]

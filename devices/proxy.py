@@ -16,13 +16,11 @@ import random
 import selectors
 import socket
 import struct
-import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from ..errors import LinkError
+from .background import BackgroundService
 from .channel import Trace
 from .link import SEGMENT_BYTES, LinkProfile, parse_duration_s, parse_size_bytes, retransmission_ms
 
@@ -69,7 +67,7 @@ class DropAfter:
         return drop
 
 
-class LinkProxy:
+class LinkProxy(BackgroundService):
     """Forwards TCP connections over an emulated link, on a thread of its own.
 
     ::
@@ -105,6 +103,8 @@ class LinkProxy:
         seed: int = 0,
         check: bool = True,
     ) -> None:
+        # select waits in microseconds, epoll in whole milliseconds: up to one too many each way.
+        super().__init__("proxy", lambda: asyncio.SelectorEventLoop(selectors.SelectSelector()))
         self.link = link
         self.bytes_up = self.bytes_down = 0
         self._listen, self._connect = listen, connect
@@ -115,77 +115,8 @@ class LinkProxy:
         self._free_s = {True: 0.0, False: 0.0}  # when the last byte has left, by direction
         self._began: float | None = None
         self._connections: set[asyncio.Task[None]] = set()
-        self._address: Address | None = None
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop_requested: asyncio.Event | None = None
-        self._ended = threading.Event()
 
-    @property
-    def address(self) -> str:
-        """``HOST:PORT`` as bound; raises `LinkError` before `start`."""
-        if self._address is None:
-            raise LinkError("the proxy has no address before start(); call that first")
-        return _text(self._address)
-
-    def start(self) -> str:
-        """Listen, and return the address; the proxy then runs until `stop`.
-
-        Raises:
-            LinkError: it runs already, the address cannot be bound, or the target is down.
-        """
-        if self._thread is not None:
-            raise LinkError(f"the proxy was started already, on {self.address}")
-        started: Future[Address] = Future()
-        self._ended.clear()
-        self._thread = threading.Thread(target=self._run, args=(started,), name="isthmus-proxy", daemon=True)
-        self._thread.start()
-        try:
-            self._address = started.result()
-        except BaseException:
-            self._thread.join()
-            self._thread = None
-            raise
-        return self.address
-
-    def stop(self) -> None:
-        """Reset all connections and end. Safe twice."""
-        thread, loop, stop_requested = self._thread, self._loop, self._stop_requested
-        if thread is None or loop is None or stop_requested is None:
-            return
-        with contextlib.suppress(RuntimeError):  # its loop has ended already
-            loop.call_soon_threadsafe(stop_requested.set)
-        thread.join()
-        self._thread = None
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until the proxy has ended, or ``timeout`` seconds; whether it has."""
-        return self._ended.wait(timeout)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def _run(self, started: Future[Address]) -> None:
-        # select waits in microseconds, epoll in whole milliseconds: up to one too many each way.
-        loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
-        try:
-            with asyncio.Runner(loop_factory=lambda: loop) as runner:
-                runner.run(self._serve(started))
-        except BaseException as error:
-            # Before the start it is the caller's; afterwards the thread's own report is all there is.
-            if started.done():
-                raise
-            started.set_exception(error)
-        finally:
-            self._ended.set()
-
-    async def _serve(self, started: Future[Address]) -> None:
+    async def _serve(self, started: Future[str]) -> None:
         if self._check:
             _, writer = await self._open_target()
             writer.transport.abort()
@@ -196,9 +127,8 @@ class LinkProxy:
                 f"cannot listen on {_text(self._listen)}: {error.strerror or error}; choose another address, port 0 "
                 "picks a free one"
             ) from error
-        self._loop, self._stop_requested = asyncio.get_running_loop(), asyncio.Event()
-        started.set_result(server.sockets[0].getsockname()[:2])
-        await self._stop_requested.wait()
+        started.set_result(_text(server.sockets[0].getsockname()[:2]))
+        await self._stopping.wait()
         server.close()
         for connection in self._connections:
             connection.cancel()

@@ -19,7 +19,7 @@ from ..runtime.bundle import FileEntry, KVSpec, Manifest, Segment
 from ..runtime.draft_bundle import DRAFT_FOLDER, DRAFT_RECORD, DRAFT_SCHEMA, VOCABULARY, DraftRecord
 from ..runtime.exits import ExitCurve
 from .decoder import SegmentBuilder, block_names, build_block, build_head
-from .draft_costs import BLOCK_SIZE, HEAD, LAYER
+from .draft_costs import BLOCK_SIZE, MAP, OTHERS
 from .families.common import LayerTensors
 from .graph import GraphWriter
 from .weights import Weights
@@ -60,7 +60,7 @@ def write_draft(
         vocabulary: rising, the id of each row of ``head``.
         training: for the record.
         exits: for the record, if it was measured.
-        bits: of all weights; by default as `LAYER` and `HEAD` say.
+        bits: of all weights; by default as `MAP` and `OTHERS` say.
 
     Raises:
         ExportError: the folder cannot be written; what was there stays.
@@ -85,10 +85,10 @@ def _write(
         qkv_bias=False,
         tied_embeddings=False,
     )
-    of_layer, of_head = (LAYER, HEAD) if bits is None else (Precision(bits, BLOCK_SIZE),) * 2
+    of_map, others = (MAP, OTHERS) if bits is None else (Precision(bits, BLOCK_SIZE),) * 2
     stored = Weights(
         _Arrays(weights),  # type: ignore[arg-type]
-        lambda name: of_head if name == "head" else of_layer,
+        lambda name: of_map if name == "map" else others,
     )
     layer = GraphWriter(folder, "layer")
     block = SegmentBuilder(layer, arch, stored, ["map", *block_names(range(1))])
@@ -105,7 +105,7 @@ def _write(
             name=f"draft-{writer.graph_path.stem}",
             kind=kind,
             half="device",
-            bits=(of_head if kind == "head" else of_layer).bits,
+            bits=others.bits,
             block_size=BLOCK_SIZE,
             graph_file=writer.graph_path.name,
             data_file=writer.data_path.name,

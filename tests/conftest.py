@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import selectors
 import shutil
-from collections.abc import Callable, Sequence
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -82,6 +91,12 @@ END_BYTE = "\0"  # its token ends a generation
 # No test asserts a time: a shared machine may take any.
 settings.register_profile("isthmus", deadline=None)
 settings.load_profile("isthmus")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: at the end, none is left to one process alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -296,3 +311,195 @@ class LocalSession:
 def local_model() -> Callable[..., LocalModel]:
     """Opens each bundle once as a `LocalModel`, or once for each number of threads."""
     return cache(LocalModel)
+
+
+class Proxy:
+    """Forwards TCP to a server, until it is told to cut."""
+
+    def __init__(self, upstream: str) -> None:
+        host, _, port = upstream.rpartition(":")
+        self._upstream = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.accepting = True
+        self.after_bytes_up: int | None = None  # cut once that many more bytes went up
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def cut(self) -> None:
+        with self._lock:
+            pairs, self._pairs = self._pairs, []
+        for pair in pairs:
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.accepting = False
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join(5)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if not self.accepting:
+                client.close()
+                continue
+            server = socket.create_connection(self._upstream)
+            with self._lock:
+                self._pairs.append((client, server))
+            thread = threading.Thread(target=self._forward, args=(client, server), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _forward(self, client: socket.socket, server: socket.socket) -> None:
+        with selectors.DefaultSelector() as selector, client, server:
+            selector.register(client, selectors.EVENT_READ, server)
+            selector.register(server, selectors.EVENT_READ, client)
+            while True:
+                for key, _ in selector.select():
+                    try:
+                        data = key.fileobj.recv(1 << 16)
+                        if data and key.fileobj is client and self.after_bytes_up is not None:
+                            self.after_bytes_up -= len(data)
+                            if self.after_bytes_up < 0:
+                                self.after_bytes_up = None
+                                return
+                        if not data:
+                            return
+                        key.data.sendall(data)
+                    except OSError:
+                        return
+
+
+@pytest.fixture
+def make_proxy() -> Iterator[Callable[[str], Proxy]]:
+    proxies = []
+
+    def make(upstream: str) -> Proxy:
+        proxies.append(Proxy(upstream))
+        return proxies[-1]
+
+    yield make
+    for proxy in proxies:
+        proxy.close()
+
+
+@pytest.fixture
+def eventually() -> Callable[..., bool]:
+    """Whether something becomes true within ten seconds, or as many as are given."""
+
+    def wait(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    return wait
+
+
+class Serving:
+    """A process of ``isthmus serve`` or ``isthmus fleet``, from the moment at which it serves.
+
+    Args:
+        home: folder for its configuration and its log, of its own.
+        arguments: of the command, its name first.
+        temporary: its folder for temporary files.
+        limits: of resources, by the number in `resource`.
+
+    Attributes:
+        address: where it serves.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        *arguments: str | Path,
+        temporary: Path | None = None,
+        limits: dict[int, int] | None = None,
+    ) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"HOME": str(home), "XDG_CONFIG_HOME": str(home)}
+        if temporary is not None:
+            environment["TMPDIR"] = str(temporary)
+        self._log = home / "log"
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "isthmus.cli.main", *map(str, arguments)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+            )
+        if limits:
+            import resource
+
+            for number, value in limits.items():
+                resource.prlimit(self.process.pid, number, (value, value))
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert " on " in line, self.log
+        self.address = line.split(" on ")[1].split()[0]
+
+    @property
+    def log(self) -> list[str]:
+        """Lines of its log so far."""
+        return self._log.read_text().splitlines()
+
+    @property
+    def open_files(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    @property
+    def threads(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/task"))
+
+    @property
+    def resident_mb(self) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(20)
+
+    def drain(self) -> None:
+        self.process.terminate()
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def end(self) -> int:
+        """Have it drain; its status. Safe twice, and on one that was stopped or killed."""
+        self.go_on()
+        self.process.terminate()
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def start_serving(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Serving]:
+    """Starts an `isthmus` process that serves, see `Serving`; whoever calls ends it."""
+
+    def start(*arguments: str | Path, **options: Any) -> Serving:
+        return Serving(tmp_path_factory.mktemp("home"), *arguments, **options)
+
+    return start

@@ -206,7 +206,7 @@ def bench(
             measured: list[Token] = []
             for repetition in range(-1, repetitions):
                 prompt, new = (count, 1) if kind == "pp" else (1, count)
-                seconds, tokens_made = generate_exactly(model, prompt, new)
+                seconds, tokens_made = generate_exactly(model, prompt, new, fresh=kind == "pp")
                 if repetition >= 0:
                     samples.append(count / seconds)
                     measured += tokens_made
@@ -224,14 +224,24 @@ def bench(
     )
 
 
-def generate_exactly(model: EdgeModel, prompt_tokens: int, new_tokens: int) -> tuple[float, list[Token]]:
+def generate_exactly(
+    model: EdgeModel, prompt_tokens: int, new_tokens: int, *, fresh: bool = False
+) -> tuple[float, list[Token]]:
     """Run one session over a prompt of fixed random ids and exactly so many new tokens, end tokens or not.
+
+    Args:
+        model: opened.
+        prompt_tokens: of the prompt.
+        new_tokens: after it.
+        fresh: whether the first id is another one each time: no server has the prompt's keys and values then.
 
     Returns:
         Seconds from prompt to last token, and the tokens. The session is opened before.
     """
     vocabulary = model.manifest.architecture.vocab_size
     ids = np.random.default_rng(PROMPT_SEED).integers(vocabulary, size=prompt_tokens).tolist()
+    if fresh:
+        ids[0] = int(np.random.default_rng().integers(vocabulary))
     stream = model.tokens(ids, max_new_tokens=new_tokens, end_tokens=(), draft="off")
     try:
         started = perf_counter()

@@ -16,6 +16,7 @@ from ...devices.backend import default_threads
 from ...devices.memory import machine_memory
 from ...errors import RequestError
 from ..server.admission import Admission
+from ..server.audit import AuditLog
 from ..server.health import Health
 from ..server.limits import ServerLimits
 from ..wire.security import ServerSecurity
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_WORKERS = 2
 _MOVE_S = 2.0  # that devices have, once told to move, to take note of it
 _LOOK_S = 0.05
+_WATCH_S = 1.0  # between looks at who may still be served
 
 
 class Front:
@@ -47,16 +49,27 @@ class Front:
         listen: ``HOST:PORT``; port 0 picks a free one.
         security: as a server's.
         metrics: ``HOST:PORT`` where Prometheus and `isthmus top` may ask; nowhere by default.
+        audit: which devices come, open, return and leave; none by default. The caller closes it.
     """
 
-    def __init__(self, fleet: Fleet, listen: str, security: ServerSecurity, *, metrics: str | None = None) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        listen: str,
+        security: ServerSecurity,
+        *,
+        metrics: str | None = None,
+        audit: AuditLog | None = None,
+    ) -> None:
         self.fleet = fleet
         self.security = security
         self.address = ""
         self.metrics_address: str | None = None
         self._listen = listen
         self._metrics_listen = metrics
-        self._service = FrontService(fleet, Admission(security))
+        self._admission = Admission(security)
+        self._service = FrontService(fleet, self._admission, audit)
+        self._watching: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
         self._health: Health | None = None
         self._close_metrics: Callable[[], None] = lambda: None
@@ -84,6 +97,7 @@ class Front:
             await self.stop()
             raise
         self._server = server
+        self._watching = asyncio.create_task(self._watch())
         self.address = address
         return self.address
 
@@ -99,10 +113,18 @@ class Front:
 
     async def stop(self, grace: float = 1.0) -> None:
         """End the front, then the workers: streams have ``grace`` seconds."""
+        if self._watching is not None:
+            self._watching.cancel()
         if self._server is not None:
             await self._server.stop(grace)
         self._close_metrics()
         await self.fleet.close()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            if self._admission.changed():
+                self._service.expel()
 
     async def _wait_for_streams(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
@@ -126,6 +148,10 @@ class Front:
                 # What the workers say themselves: sessions on their lease and those that were left behind, too.
                 "workers_sessions": lambda: sum(backend.report.sessions for backend in fleet.backends),
                 "workers_kv_bytes": lambda: sum(backend.report.kv_bytes for backend in fleet.backends),
+                "prefix_cache_bytes": lambda: sum(backend.report.prefixes[0] for backend in fleet.backends),
+                "prefix_tokens_asked": lambda: sum(backend.report.prefixes[1] for backend in fleet.backends),
+                "prefix_tokens_reused": lambda: sum(backend.report.prefixes[2] for backend in fleet.backends),
+                "frames_held": lambda: self._service.frames.held,
                 "kv_budget_bytes": lambda: sum(backend.kv_budget for backend in fleet.backends),
             }
         ).serve(self._metrics_listen)
@@ -192,6 +218,7 @@ async def serve(
     *,
     security: ServerSecurity,
     metrics: str | None = None,
+    audit: str | Path | None = None,
     drain_timeout: float = 10.0,
     serving: Callable[[str], None] = lambda address: None,
 ) -> None:
@@ -203,6 +230,7 @@ async def serve(
         plan: the workers.
         security: see `Front`.
         metrics: see `Front`.
+        audit: file of the log, see `isthmus.runtime.server.audit`; none by default.
         drain_timeout: seconds that running sessions have after SIGTERM, before their devices are told to move.
         serving: called with the address once devices may come.
 
@@ -213,7 +241,9 @@ async def serve(
 
     loop = asyncio.get_running_loop()
     identity = FrontIdentity.create()
-    with RayCluster(plan.ray_address) as cluster:
+    with contextlib.ExitStack() as stack:
+        log = None if audit is None else stack.enter_context(AuditLog(audit))
+        cluster = stack.enter_context(RayCluster(plan.ray_address))
         fleet = Fleet(
             folder,
             lambda half: cluster.launch(half, plan.options, identity.for_workers),
@@ -222,7 +252,7 @@ async def serve(
             least=plan.least,
             most=plan.most,
         )
-        front = Front(fleet, listen, security, metrics=metrics)
+        front = Front(fleet, listen, security, metrics=metrics, audit=log)
         ended: asyncio.Future[bool] = loop.create_future()
 
         def end(*, drain: bool) -> None:

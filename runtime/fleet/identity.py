@@ -34,7 +34,12 @@ class WorkerIdentity:
         files = {"ca.pem": self.authority, "cert.pem": self.own.certificate, "key.pem": self.own.key}
         for name, content in files.items():
             (folder / name).write_bytes(content)
-        return ServerSecurity(cert_file=folder / "cert.pem", key_file=folder / "key.pem", client_ca=folder / "ca.pem")
+        return ServerSecurity(
+            cert_file=folder / "cert.pem",
+            key_file=folder / "key.pem",
+            client_ca=folder / "ca.pem",
+            behind_front=True,
+        )
 
 
 @dataclass(frozen=True)

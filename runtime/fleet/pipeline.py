@@ -266,7 +266,8 @@ def open_pipeline(
         memory_limit_mb: of this process.
 
     Returns:
-        The back, and the limits: the stage that has the least room for what it keeps of a session bounds them all.
+        The back, and the limits: the stage that has the least room for what it keeps of a session bounds them all, and
+        nothing is kept for later sessions, as no stage has all keys and values.
     """
     bundle = open_bundle(folder, "server")
     parts = cut(bundle, len(later) + 1)
@@ -276,4 +277,4 @@ def open_pipeline(
     shares = zip([opened.kv_budget, *(stage.room() for stage in later)], [opened.layers, *later_layers], strict=True)
     whole = bundle.manifest.half_layers("server")
     kv_bytes = min(budget * whole // layers for budget, layers in shares)
-    return BackEngine(bundle, threads, stack=stack), replace(limits, kv_bytes=kv_bytes)
+    return BackEngine(bundle, threads, stack=stack), replace(limits, kv_bytes=kv_bytes, prefix_cache_bytes=0)

@@ -11,6 +11,8 @@ import grpc
 
 from ...quant.codec import CODECS
 from ..server.admission import ANYONE, NOT_ACCEPTED, Admission
+from ..server.audit import AuditLog, Visitor
+from ..server.frame_rate import FrameRate
 from ..wire import isthmus_pb2 as pb
 from ..wire.framing import (
     Refusal,
@@ -22,6 +24,7 @@ from ..wire.framing import (
     seal,
     welcome_message,
 )
+from ..wire.security import DEVICE_HEADER
 from ..wire.transport import SERVICE, SESSION_METHOD, SESSION_PATH
 from .fleet import Backend, Fleet, Version, granted
 from .pins import Pin
@@ -42,13 +45,16 @@ class FrontService:
 
     Attributes:
         draining: no session begins any more.
+        frames: that the devices send.
     """
 
-    def __init__(self, fleet: Fleet, admission: Admission) -> None:
+    def __init__(self, fleet: Fleet, admission: Admission, audit: AuditLog | None = None) -> None:
         self.draining = False
+        self._audit = audit
         self._fleet = fleet
         self._admission = admission
-        self._streams: set[_Stream] = set()
+        self.frames = FrameRate(fleet.options.limits.frames_per_s_per_device)
+        self._streams: dict[_Stream, Context] = {}
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
@@ -65,21 +71,33 @@ class FrontService:
         for stream in list(self._streams):
             stream.end(self._draining())
 
+    def expel(self) -> None:
+        """End the streams of devices that would not be let in any more; their sessions end with their leases."""
+        for stream, context in list(self._streams.items()):
+            if self._identity(context) is None:
+                logger.warning("%s: its certificate was revoked, or its token taken back", context.peer())
+                stream.expel()
+
+    def _identity(self, context: Context) -> str | None:
+        return self._admission.identity(context.auth_context(), context.invocation_metadata() or ())
+
     def _draining(self) -> Refusal:
         pause = round(1000 * self._fleet.options.limits.retry_after_s)
         return Refusal("DRAINING", "this server is about to end; go to another one", retry_after_ms=pause)
 
     async def _serve(self, _requests: object, context: Context) -> None:
-        owner = self._admission.identity(context.auth_context(), context.invocation_metadata() or ())
+        owner = self._identity(context)
         if owner is None:
+            if self._audit is not None:
+                self._audit.record("turned away", peer=context.peer(), reason="certificate or token")
             logger.warning("%s: refused, its certificate is revoked or its token nobody's", context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, NOT_ACCEPTED)
-        stream = _Stream(self, self._fleet, context, owner or ANYONE)
-        self._streams.add(stream)
+        stream = _Stream(self, self._fleet, context, owner or ANYONE, self._audit)
+        self._streams[stream] = context
         try:
             await stream.serve()
         finally:
-            self._streams.discard(stream)
+            del self._streams[stream]
 
 
 class _Stream:
@@ -89,7 +107,10 @@ class _Stream:
     begin a session waits in ``_inbox`` until the one before it has ended, and with it whatever comes behind.
     """
 
-    def __init__(self, service: FrontService, fleet: Fleet, context: Context, owner: str) -> None:
+    def __init__(
+        self, service: FrontService, fleet: Fleet, context: Context, owner: str, audit: AuditLog | None
+    ) -> None:
+        self._visitor = Visitor(audit, context.peer(), owner)
         self._service = service
         self._fleet = fleet
         self._pins = fleet.pins
@@ -104,6 +125,7 @@ class _Stream:
         self._ready = asyncio.Event()  # whether the next message may be looked at
         self._ready.set()
         self._ending: Refusal | None = None
+        self._expelled = False
         self._conversation: asyncio.Task[None] | None = None
 
     def end(self, refusal: Refusal) -> None:
@@ -112,14 +134,25 @@ class _Stream:
         if self._conversation is not None:
             self._conversation.cancel()
 
+    def expel(self) -> None:
+        """End the stream: the device is not to be served any more."""
+        self._expelled = True
+        if self._conversation is not None:
+            self._conversation.cancel()
+
     async def serve(self) -> None:
         """Hold the conversation until any side ends it."""
         self._conversation = asyncio.create_task(self._converse())
+        self._visitor.note("connected")
         try:
             await self._conversation
         except Refusal as refusal:
+            self._visitor.note("refused", reason=pb.Fault.Code.Name(refusal.fault.fault.code))
             await self._write(refusal.fault)
         except asyncio.CancelledError:
+            if self._expelled:
+                self._visitor.note("expelled")
+                await self._context.abort(grpc.StatusCode.UNAUTHENTICATED, NOT_ACCEPTED)
             if self._ending is None:
                 raise
             await self._write(self._ending.fault)
@@ -129,6 +162,8 @@ class _Stream:
             # gRPC would send the error's text to the client; that stays here.
             logger.exception("a stream failed")
             await self._write(Refusal("INTERNAL", "the server failed; its log has the reason").fault)
+        finally:
+            self._visitor.note("disconnected")
 
     async def _converse(self) -> None:
         if not await self._greet():
@@ -166,6 +201,8 @@ class _Stream:
     async def _read(self) -> None:
         """Pass on what belongs to the session, and hand over what may begin one."""
         while isinstance(data := await self._context.read(), bytes):
+            if self._owner != ANYONE and (delay := self._service.frames.wait(self._owner)):
+                await asyncio.sleep(delay)
             await self._ready.wait()
             opened, call = self._seals.open(data), self._call
             if opened is None and call is not None:  # the worker sees that, too, and knows what to ask for again
@@ -239,7 +276,9 @@ class _Stream:
                     await self._context.write(answer)
                     return False
                 self._pins.opened(pin, message.opened.session)
-                logger.info("session %s: on worker %d", message.opened.session.hex()[:8], backend.number)
+                session = message.opened.session
+                logger.info("session %s: on worker %d", session.hex()[:8], backend.number)
+                self._visitor.note("opened", session, tokens=request.max_tokens, worker=backend.number)
                 await self._context.write(answer)
                 return await self._carry(call, pin)
             finally:
@@ -266,7 +305,9 @@ class _Stream:
             if answer is None:
                 raise self._gone()
             await self._context.write(answer)
-            if message_field(_unsealed(answer)) != _SERVER["attached"]:
+            if message_field(_unsealed(answer)) == _SERVER["attached"]:
+                self._visitor.note("attached", request.session, worker=pin.backend.number)
+            else:
                 if parse_server_message(_unsealed(answer)).fault.code == pb.Fault.SESSION_UNKNOWN:
                     self._pins.free(pin)
                 return False
@@ -276,7 +317,8 @@ class _Stream:
             self._pins.detach(pin)
 
     def _stream_to(self, backend: Backend) -> Call:
-        return backend.channel.stream_stream(SESSION_PATH, None, None)(None)
+        metadata = ((DEVICE_HEADER, self._owner.encode()),)
+        return backend.channel.stream_stream(SESSION_PATH, None, None)(None, metadata=metadata)
 
     async def _first_answer(self, call: Call, data: bytes, backend: Backend) -> bytes | None:
         """Greet a worker as the device did, and ask; the answer, or None if there is none to be had."""
@@ -317,6 +359,7 @@ class _Stream:
                 if over:
                     if field == _SERVER["fault"]:
                         self._fleet.doubt(pin.backend)
+                    self._visitor.note("closed", pin.id)
                     self._pins.free(pin)  # first: with the answer, the device may be gone
                 await self._context.write(data)
                 if over:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ class Report:
         sessions: those on their lease included.
         kv_bytes: reserved.
         kv_budget: that may be.
+        prefixes: its cache of shared prompts: bytes, rows asked of it so far, and rows that it had.
     """
 
     address: str
@@ -48,6 +50,7 @@ class Report:
     kv_bytes: int
     kv_budget: int
     process: int
+    prefixes: tuple[int, int, int] = (0, 0, 0)
 
 
 class WorkerProcess(Protocol):
@@ -92,8 +95,10 @@ class Worker:
         """
         from ..server.server import BackServer
 
-        # To a worker all sessions are the front's, which counts those of each device.
-        limits = replace(options.limits, max_sessions_per_device=options.limits.max_sessions)
+        # The front counts each device's sessions, in all workers, and its frames.
+        limits = replace(
+            options.limits, max_sessions_per_device=options.limits.max_sessions, frames_per_s_per_device=math.inf
+        )
         self._files = tempfile.TemporaryDirectory(prefix="isthmus-worker-")  # readable by its owner alone
         security, memory = identity.write(Path(self._files.name)), options.memory_limit_mb
         if later:
@@ -125,4 +130,12 @@ class Worker:
         server = self._server
         if server.wait(0):
             raise RuntimeError("the server has ended")
-        return Report(server.address, server.sessions, server.kv_bytes, server.limits.kv_bytes, os.getpid())
+        kept = server.prefixes
+        return Report(
+            server.address,
+            server.sessions,
+            server.kv_bytes,
+            server.limits.kv_bytes,
+            os.getpid(),
+            (kept.bytes, kept.asked, kept.reused) if kept is not None else (0, 0, 0),
+        )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import SecurityError
-from ..wire.security import TOKEN_HEADER, TOKEN_SCHEME, ServerSecurity, file_stamps
+from ..wire.security import DEVICE_HEADER, TOKEN_HEADER, TOKEN_SCHEME, ServerSecurity, file_stamps
 from ..wire.tokens import TokenFile
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,15 @@ class Admission:
         self.changed()
 
     def identity(self, auth_context: Mapping[str, Iterable[bytes]], metadata: Metadata = ()) -> str | None:
-        """A peer's name, that in its certificate first; `ANYONE` where nobody is asked for one.
+        """A peer's name, that in its certificate first, or as a front calls it; `ANYONE` where nobody is asked.
 
         None if its certificate was revoked, or it shows no token where one is asked for.
         """
         certified, named = self._certified(auth_context), self._named(metadata)
         if certified is None or named is None:
             return None
+        if self.security.behind_front:
+            return _text(next((value for key, value in metadata if key == DEVICE_HEADER), ANYONE))
         return certified if certified != ANYONE else named
 
     def changed(self) -> bool:
@@ -58,7 +60,7 @@ class Admission:
         if self._tokens is None:
             return ANYONE
         shown = next((value for key, value in metadata if key == TOKEN_HEADER), b"")
-        text = shown.decode("ascii", "replace") if isinstance(shown, bytes) else shown
+        text = _text(shown)
         return self._tokens.name_of(text.removeprefix(TOKEN_SCHEME)) if text.startswith(TOKEN_SCHEME) else None
 
     def _certified(self, auth_context: Mapping[str, Iterable[bytes]]) -> str | None:
@@ -92,6 +94,10 @@ class Admission:
             return
         self._stamp = stamp
         logger.info("%s: %d certificates are revoked", path, len(self._revoked))
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def _first(auth_context: Mapping[str, Iterable[bytes]], key: str) -> bytes:

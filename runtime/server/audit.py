@@ -94,3 +94,22 @@ class AuditLog:
         if self._file >= 0:
             os.close(self._file)
         self._file = -1
+
+
+class Visitor:
+    """A stream's peer, as the audit log calls it. Without a log nothing is written.
+
+    Args:
+        log: to write to, if there is one.
+        peer: its address.
+        device: its name.
+    """
+
+    def __init__(self, log: AuditLog | None, peer: str, device: str) -> None:
+        self._log, self._peer, self._device = log, peer, device
+
+    def note(self, event: str, session: bytes = b"", **fields: str | int) -> None:
+        """Write what happened, and in which session."""
+        if self._log is not None:
+            named = {"session": session.hex()[:8]} if session else {}
+            self._log.record(event, peer=self._peer, device=self._device, **fields, **named)

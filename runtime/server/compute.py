@@ -22,6 +22,10 @@ class ComputeSession(Protocol):
         """Positions in the KV cache."""
         ...
 
+    def rows(self, first: int, last: int) -> NDArray[Any]:
+        """A copy of the keys and values of positions ``[first, last)``, as `append_rows` takes them."""
+        ...
+
     def append_rows(self, rows: NDArray[Any]) -> None:
         """Append keys and values ``[layers, 2, kv_heads, tokens, row_width]``, as the cache stores them."""
         ...

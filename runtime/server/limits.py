@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 
 from ...errors import RequestError
 from ..wire import isthmus_pb2 as pb
 from ..wire.transport import MAX_MESSAGE_BYTES
+
+logger = logging.getLogger(__name__)
+
+_MAY_BE_ZERO = ("prefix_cache_bytes", "prefixes_shared")
 
 
 @dataclass(frozen=True)
@@ -14,7 +19,7 @@ class ServerLimits:
     """Bounds of one server.
 
     Raises:
-        RequestError: a bound that is not positive, or frames that gRPC would not carry.
+        RequestError: a bound that is not positive (but a cache may have no bytes), or frames that gRPC would not carry.
     """
 
     # Open sessions, those without a stream included. A turn of all must stay within a step's deadline.
@@ -25,6 +30,15 @@ class ServerLimits:
     kv_bytes: int = 4 << 30
     # Of one device. By default its sessions alone bound it.
     kv_bytes_per_device: int = 4 << 30
+    # Frames a second of one device, see `isthmus.runtime.server.frame_rate`: more than all its sessions together send
+    # of any model that is worth splitting. Infinite is no limit.
+    frames_per_s_per_device: float = 1000.0
+    # Keys and values that are kept for later sessions with the same beginning, beside the KV caches; 0 keeps none. At
+    # SmolLM2's size 2000 positions: some system prompts, or the last documents that were asked about.
+    prefix_cache_bytes: int = 64_000_000
+    # Whether devices that certificates or tokens tell apart use each other's: one can then find out by the time of an
+    # answer what another has asked.
+    prefixes_shared: bool = False
     # Prompt and new tokens of a session. The bundle's max_length lowers it.
     max_session_tokens: int = 1 << 17
     # Tokens of a frame.
@@ -44,13 +58,25 @@ class ServerLimits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
+            if not (value > 0 or (value == 0 and name in _MAY_BE_ZERO)):
                 raise RequestError(f"{name}={value}: a server's limit must be positive")
         if self.max_frame_bytes > MAX_MESSAGE_BYTES - 1024:
             raise RequestError(
                 f"max_frame_bytes={self.max_frame_bytes}: must stay 1024 below {MAX_MESSAGE_BYTES}, "
                 "the largest message that gRPC carries here"
             )
+
+    def within(self, kv_budget: float, longest: float) -> ServerLimits:
+        """These, lowered to what memory there is. Of what one session of full length leaves, prefixes get a quarter.
+
+        Args:
+            kv_budget: bytes for keys and values in all, see `isthmus.runtime.memory.kv_budget`.
+            longest: of these, those of one session of full length.
+        """
+        prefixes = int(min(self.prefix_cache_bytes, max(0.0, kv_budget - longest) / 4))
+        if prefixes < self.prefix_cache_bytes:
+            logger.warning("memory is short: %.1f MB of keys and values are kept for later prompts", prefixes / 1e6)
+        return replace(self, prefix_cache_bytes=prefixes, kv_bytes=int(min(self.kv_bytes, kv_budget - prefixes)))
 
     def granted(self, max_length: int) -> pb.Limits:
         """What a client is told of them, on a bundle of this ``max_length``."""

@@ -43,6 +43,7 @@ class Metrics:
         self._steps = counter("steps", "Steps that were done.")
         self._faults = counter("faults", "Messages that were refused, by the wire's code.", "code")
         self._strangers = counter("peers_refused", "Streams whose peer was not let in.")
+        self._failed = counter("connections_failed", "Connections that failed in their TLS handshake, or made no call.")
         self._seconds = Histogram(
             "isthmus_step_seconds",
             "Time of a step: decoding, waiting for its turn, computing.",
@@ -83,6 +84,10 @@ class Metrics:
     def refused(self) -> None:
         """A peer was not let in."""
         self._strangers.inc()
+
+    def connections_failed(self, number: int) -> None:
+        """Connections failed before any call."""
+        self._failed.inc(number)
 
     def serve(self, listen: str) -> MetricsServer:
         """Make the counts readable under ``http://HOST:PORT/metrics``.

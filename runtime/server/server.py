@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import grpc
 
 from ...devices.backend import default_threads
-from ...errors import LinkError
+from ...devices.background import BackgroundService
 from ..bundle import open_bundle
 from ..memory import kv_budget, process_limit_mb
 from ..wire.security import ServerSecurity
@@ -26,8 +23,11 @@ from .audit import AuditLog
 from .batcher import Batcher
 from .compute import ComputeEngine
 from .compute_thread import ComputeThread
+from .frame_rate import FrameRate
+from .handshakes import Handshakes
 from .health import Health
 from .limits import ServerLimits
+from .prefix_cache import PrefixCache
 from .service import SessionService
 from .sessions import SessionTable
 
@@ -37,7 +37,7 @@ _WATCH_S = 1.0  # between looks at who may still be served
 _MOVE_S = 2.0  # that devices have, once told to move, to ask for their next token
 
 
-class BackServer:
+class BackServer(BackgroundService):
     """Serves the back half of a bundle to many devices at once.
 
     ::
@@ -65,6 +65,7 @@ class BackServer:
         metrics: str | None = None,
         audit: str | Path | None = None,
     ) -> None:
+        super().__init__("server")
         self._audit_path = audit
         self._service: SessionService | None = None
         self.metrics_address: str | None = None
@@ -74,13 +75,9 @@ class BackServer:
         self.manifest = engine.manifest
         self._engine = engine
         self._listen = listen
-        self._address: str | None = None
         self._table: SessionTable | None = None
         self._health: Health | None = None
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop_requested: asyncio.Future[float] | None = None
-        self._ended = threading.Event()
+        self._grace = 0.0
 
     @classmethod
     def from_bundle(
@@ -102,9 +99,9 @@ class BackServer:
             listen: see the class.
             threads: of onnxruntime; by default the processors at hand, at most four.
             security: see the class.
-            limits: see the class; too little memory lowers ``kv_bytes``.
+            limits: see the class; too little memory lowers those of keys and values.
             memory_limit_mb: resident memory at the peak, by default what the machine or the container has free; what
-                the weights leave of it goes to KV caches.
+                the weights leave of it goes to KV caches and to those of shared prompts.
             metrics: see the class.
             audit: see the class.
 
@@ -121,7 +118,8 @@ class BackServer:
         if together:
             bundle = replace(bundle, installed=False)  # the packed weights are those of the other graphs
         budget = kv_budget(bundle, chunk=limits.max_frame_tokens, limit_mb=process_limit_mb(memory_limit_mb))
-        limits = replace(limits, kv_bytes=int(min(limits.kv_bytes, budget)))
+        longest = bundle.kv.cache_bytes(bundle.manifest.half_layers("server"), bundle.manifest.max_length)
+        limits = limits.within(budget, longest)
         threads = default_threads() if threads is None else threads
         if together:
             capacity = min(limits.max_session_tokens, bundle.manifest.max_length)
@@ -140,13 +138,6 @@ class BackServer:
         return cls(engine, listen, security=security, limits=limits, metrics=metrics, audit=audit)
 
     @property
-    def address(self) -> str:
-        """``HOST:PORT`` as bound; raises `LinkError` before `start`."""
-        if self._address is None:
-            raise LinkError("the server has no address before start(); call that first")
-        return self._address
-
-    @property
     def sessions(self) -> int:
         """Number of sessions, those on their lease included."""
         return len(self._table) if self._table is not None else 0
@@ -156,41 +147,15 @@ class BackServer:
         """Bytes of KV cache that are reserved."""
         return self._table.kv_bytes if self._table is not None else 0
 
-    def start(self) -> str:
-        """Listen, and return the address; the server then runs until `stop`.
-
-        Raises:
-            LinkError: it runs already, or the address cannot be bound.
-            SecurityError: certificate or key cannot be used.
-        """
-        if self._thread is not None:
-            raise LinkError(f"the server was started already, on {self._address}")
-        started: Future[str] = Future()
-        self._ended.clear()
-        self._thread = threading.Thread(target=self._run, args=(started,), name="isthmus-server", daemon=True)
-        self._thread.start()
-        try:
-            self._address = started.result()
-        except BaseException:
-            self._thread.join()
-            self._thread = None
-            raise
-        return self._address
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """Keys and values that are kept for later sessions; None before `start`."""
+        return self._table.prefixes if self._table is not None else None
 
     def stop(self, grace: float = 1.0) -> None:
         """End the server: running streams have ``grace`` seconds, then all sessions are freed. Safe twice."""
-        thread, loop, stop_requested = self._thread, self._loop, self._stop_requested
-        if thread is None or loop is None or stop_requested is None:
-            return
-
-        def request_stop() -> None:
-            if not stop_requested.done():
-                stop_requested.set_result(grace)
-
-        if thread.is_alive():
-            loop.call_soon_threadsafe(request_stop)
-        thread.join()
-        self._thread = None
+        self._grace = grace
+        super().stop()
 
     def drain(self, patience: float) -> None:
         """End the server without losing a generation.
@@ -215,46 +180,23 @@ class BackServer:
 
     def reload(self) -> None:
         """Look at certificates, revocation list and tokens now; without this they are seen within seconds."""
-        loop, service = self._loop, self._service
-        if loop is not None and service is not None:
+        if self._service is not None:
             logger.info("certificates, revocation list and tokens are looked at again")
-            loop.call_soon_threadsafe(service.expel)
+            self._call(self._service.expel)
 
     @staticmethod
-    async def _watch(admission: Admission, service: SessionService) -> None:
+    async def _watch(admission: Admission, service: SessionService, handshakes: Handshakes) -> None:
         while True:
             await asyncio.sleep(_WATCH_S)
             if admission.changed():
                 service.expel()
+            if failed := handshakes.failed():
+                service.note_failed(failed)
 
     def _wait_for_streams(self, table: SessionTable, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while table.carried and time.monotonic() < deadline and not self._ended.wait(0.05):
             pass
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until the server has ended, or ``timeout`` seconds; whether it has."""
-        return self._ended.wait(timeout)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def _run(self, started: Future[str]) -> None:
-        try:
-            asyncio.run(self._serve(started))
-        except BaseException as error:
-            # Before the start it is the caller's; afterwards the thread's own report is all there is.
-            if started.done():
-                raise
-            started.set_exception(error)
-        finally:
-            self._ended.set()
 
     async def _serve(self, started: Future[str]) -> None:
         admission = Admission(self.security)
@@ -264,7 +206,13 @@ class BackServer:
             table = SessionTable(self._engine, self.limits, compute)
             # More streams than sessions: some attach again while the old one still looks alive, some must be told
             # that the server is full.
-            server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=2 * self.limits.max_sessions + 16)
+            handshakes = Handshakes(self.limits.idle_s)
+            server = grpc.aio.server(
+                interceptors=[handshakes],
+                options=SERVER_OPTIONS,
+                maximum_concurrent_rpcs=2 * self.limits.max_sessions + 16,
+            )
+            frames = FrameRate(self.limits.frames_per_s_per_device)
             metrics = None
             if self._metrics_listen is not None:
                 from .metrics import Metrics
@@ -277,23 +225,27 @@ class BackServer:
                         "kv_budget_bytes": lambda: self.limits.kv_bytes,
                         "runs": lambda: batcher.runs,
                         "steps_run": lambda: batcher.steps_run,
+                        "prefix_cache_bytes": lambda: table.prefixes.bytes,
+                        "prefix_tokens_asked": lambda: table.prefixes.asked,
+                        "prefix_tokens_reused": lambda: table.prefixes.reused,
+                        "frames_held": lambda: frames.held,
                     }
                 )
                 self.metrics_address = stack.enter_context(metrics.serve(self._metrics_listen)).address
+                logger.info("metrics on http://%s/metrics", self.metrics_address)
             audit = None if self._audit_path is None else stack.enter_context(AuditLog(self._audit_path))
             service = self._service = SessionService(
-                self._engine, table, compute, self.limits, admission, metrics, audit
+                self._engine, table, compute, self.limits, admission, frames, metrics, audit
             )
             server.add_generic_rpc_handlers((service.handler(),))
             self._health = Health(server)
-            address = self.security.bind(server, self._listen)
+            address = self.security.bind(server, self._listen, handshakes.begin)
             await server.start()
             await self._health.say(serving=True)
-            self._loop, self._table = asyncio.get_running_loop(), table
-            self._stop_requested = self._loop.create_future()
+            self._table = table
             started.set_result(address)
-            watch = asyncio.create_task(self._watch(admission, service))
-            grace = await self._stop_requested
+            watch = asyncio.create_task(self._watch(admission, service, handshakes))
+            await self._stopping.wait()
             watch.cancel()
-            await server.stop(grace)
+            await server.stop(self._grace)
             await table.free_all()

@@ -14,9 +14,10 @@ from ..wire import isthmus_pb2 as pb
 from ..wire.framing import Refusal, Seals, check_hello, parse_client_message, seal, welcome_message
 from ..wire.transport import PIPELINE_DEPTH, SERVICE, SESSION_METHOD
 from .admission import ANYONE, NOT_ACCEPTED, Admission
-from .audit import AuditLog
+from .audit import AuditLog, Visitor
 from .compute import ComputeEngine
 from .compute_thread import ComputeThread
+from .frame_rate import FrameRate
 from .limits import ServerLimits
 from .sessions import Session, SessionTable
 
@@ -38,6 +39,7 @@ class SessionService:
         compute: ComputeThread,
         limits: ServerLimits,
         admission: Admission,
+        frames: FrameRate,
         metrics: Metrics | None = None,
         audit: AuditLog | None = None,
     ) -> None:
@@ -48,6 +50,7 @@ class SessionService:
         self._compute = compute
         self._limits = limits
         self._admission = admission
+        self._frames = frames
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """What `grpc.aio.Server.add_generic_rpc_handlers` takes."""
@@ -64,13 +67,29 @@ class SessionService:
             logger.warning("%s: refused, its certificate is revoked or its token nobody's", context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, NOT_ACCEPTED)
         stream = _Stream(
-            self._engine, self._table, self._compute, self._limits, context, owner or ANYONE, self._metrics, self._audit
+            self._engine,
+            self._table,
+            self._compute,
+            self._limits,
+            context,
+            owner or ANYONE,
+            self._frames,
+            self._metrics,
+            self._audit,
         )
         self._streams[stream] = context
         try:
             await stream.serve()
         finally:
             del self._streams[stream]
+
+    def note_failed(self, connections: int) -> None:
+        """Tell of connections that never came to a call, see `isthmus.runtime.server.handshakes`."""
+        if self._metrics is not None:
+            self._metrics.connections_failed(connections)
+        if self._audit is not None:
+            self._audit.record("turned away", reason="TLS handshake, or no call after it", connections=connections)
+        logger.warning("%d connections failed in their TLS handshake, or made no call", connections)
 
     def expel(self) -> None:
         """End the streams, and the sessions, of devices that would not be let in any more."""
@@ -98,10 +117,12 @@ class _Stream:
         limits: ServerLimits,
         context: Context,
         owner: str,
+        frames: FrameRate,
         metrics: Metrics | None,
         audit: AuditLog | None,
     ) -> None:
-        self._owner, self._metrics, self._audit = owner, metrics, audit
+        self._owner, self._frames, self._metrics = owner, frames, metrics
+        self._visitor = Visitor(audit, context.peer(), owner)
         self._engine = engine
         self._table = table
         self._compute = compute
@@ -155,10 +176,7 @@ class _Stream:
 
     def _note(self, event: str, **fields: str | int) -> None:
         """Tell the audit log."""
-        if self._audit is not None:
-            if self._session is not None:
-                fields["session"] = self._session.id.hex()[:8]
-            self._audit.record(event, peer=self._context.peer(), device=self._owner, **fields)
+        self._visitor.note(event, b"" if self._session is None else self._session.id, **fields)
 
     def _evict(self) -> None:
         self._evicted = True
@@ -209,6 +227,8 @@ class _Stream:
             message = self._parse(await self._context.read())
             if isinstance(message, pb.ClientMessage) and message.HasField("cancel"):
                 self._cancelled = True
+            if self._owner != ANYONE and (delay := self._frames.wait(self._owner)):
+                await asyncio.sleep(delay)
             await self._inbox.put(message)
             if message is None or (isinstance(message, Refusal) and not message.passes):
                 return

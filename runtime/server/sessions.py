@@ -22,6 +22,7 @@ from ..wire.kv import decode_rows
 from ..wire.transport import MAX_PATH, RESULTS_KEPT
 from .compute import ComputeEngine, ComputeSession
 from .limits import ServerLimits
+from .prefix_cache import Prefix, PrefixCache
 
 if TYPE_CHECKING:
     from .compute_thread import ComputeThread
@@ -78,11 +79,19 @@ class Session:
     A step is prepared, run and finished. It is done or refused as a whole: after a `Refusal` the session is as it was.
     """
 
-    def __init__(self, engine: ComputeEngine, compute: ComputeSession, max_tokens: int, limits: ServerLimits) -> None:
+    def __init__(
+        self,
+        engine: ComputeEngine,
+        compute: ComputeSession,
+        max_tokens: int,
+        limits: ServerLimits,
+        prefix: Prefix | None = None,
+    ) -> None:
         self.id = secrets.token_bytes(_SESSION_ID_BYTES)
         self.max_tokens = max_tokens
         self._engine = engine
         self._compute = compute
+        self._prefix = prefix  # where there is a cache for it
         self._limits = limits
         self._d_model = engine.manifest.architecture.d_model
         self._results: deque[pb.Result] = deque(maxlen=RESULTS_KEPT)  # of the last steps done, in order
@@ -103,7 +112,7 @@ class Session:
 
         Returns:
             The work, or the answer where there is none: to a repeated step, from the cache; to keys and values; to a
-            guess that was wrong.
+            guess that was wrong; to a piece of a prompt that an earlier session computed.
 
         Raises:
             Refusal: the step breaks a rule; nothing was done.
@@ -138,6 +147,8 @@ class Session:
         decoded = perf_counter()
         if step.position < self._compute.length:
             self._compute.truncate(step.position)
+        if self._prefix is not None:
+            self._prefix.truncate(step.position)
         result = pb.Result(
             step=step.step,
             decode_us=_microseconds(decoded - started),
@@ -146,7 +157,10 @@ class Session:
         if not step.HasField("kv"):
             wanted = len(drafted) + 1 if step.sample else 0
             guesses = drafted if step.frame.drafted else None
-            return Work(self, self._compute, arrays, wanted, guesses, continues, result, decoded)
+            if self._prefix is not None:
+                arrays = arrays[self._prefix.reuse(arrays, wanted) :]
+            work = Work(self, self._compute, arrays, wanted, guesses, continues, result, decoded)
+            return work if work.remaining else self.finish(work)
         self._compute.append_rows(arrays)
         self._chosen.clear()
         result.length = self._compute.length
@@ -165,6 +179,8 @@ class Session:
         elif work.wanted:
             result.token = self._compute.sample()
             self._chosen.append(result.token)
+        if self._prefix is not None:
+            self._prefix.offer()
         result.length = self._compute.length
         result.compute_us = _microseconds(perf_counter() - work.started)
         result.onnxruntime_us = _microseconds(work.onnxruntime_seconds + self._engine.onnxruntime_seconds - busy)
@@ -256,6 +272,7 @@ class SessionTable:
         self._limits = limits
         self._compute = compute
         self._seats: dict[bytes, _Seat] = {}
+        self.prefixes = PrefixCache(limits.prefix_cache_bytes)
         self._sessions = 0  # admitted, those being opened or closed included
         self._kv_bytes = 0
         self._owned: Counter[str] = Counter()  # sessions of each peer
@@ -317,7 +334,10 @@ class SessionTable:
         except BaseException:
             self._release(kv_bytes, owner)
             raise
-        session = Session(self._engine, compute, max_tokens, self._limits)
+        prefix = None
+        if self._limits.prefix_cache_bytes:
+            prefix = Prefix(self.prefixes, compute, "" if self._limits.prefixes_shared else owner, bypass)
+        session = Session(self._engine, compute, max_tokens, self._limits, prefix)
         self._seats[session.id] = _Seat(session, kv_bytes, owner, lease=self._start_lease(session.id))
         return session
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .transport import CLIENT_OPTIONS, split_address
 logger = logging.getLogger(__name__)
 
 TOKEN_HEADER, TOKEN_SCHEME = "authorization", "Bearer "
+DEVICE_HEADER = "isthmus-device-bin"  # by which a front says whose a stream is
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class ServerSecurity:
         client_ca: PEM certificates of the authority whose devices may connect; without it anyone may.
         revoked: that authority's list of revoked certificates, see `isthmus.runtime.wire.authority`.
         tokens: file of the tokens with which devices may connect, see `isthmus.runtime.wire.tokens`.
+        behind_front: who comes with a certificate is a fleet's front, and says of each stream whose it is.
 
     Certificate, key and list are looked at again at each handshake, so that files may be replaced while it runs.
     """
@@ -146,8 +149,11 @@ class ServerSecurity:
     client_ca: Path | None = None
     revoked: Path | None = None
     tokens: Path | None = None
+    behind_front: bool = False
 
     def __post_init__(self) -> None:
+        if self.behind_front and self.client_ca is None:
+            raise SecurityError("behind a front, but without the authority by which that is known; give its client_ca")
         if (self.cert_file is None) != (self.key_file is None):
             raise SecurityError("a certificate and its key go together; give both --tls-cert and --tls-key")
         if self.insecure and self.client_ca is not None:
@@ -157,8 +163,11 @@ class ServerSecurity:
         if self.insecure and self.cert_file is not None:
             raise SecurityError("insecure and a certificate exclude each other; give one of them")
 
-    def credentials(self) -> grpc.ServerCredentials | None:
+    def credentials(self, begins: Callable[[], None] = lambda: None) -> grpc.ServerCredentials | None:
         """Credentials for `grpc`, `None` for plaintext; makes the development certificate if it is needed.
+
+        Args:
+            begins: called as each connection begins, on a thread of gRPC's.
 
         Raises:
             SecurityError: a file is missing, is not PEM, or the key is another certificate's.
@@ -180,6 +189,7 @@ class ServerSecurity:
         def changed() -> grpc.ServerCertificateConfiguration | None:
             """A new pair, if the files have changed and belong together; gRPC asks at each handshake."""
             nonlocal stamp
+            begins()
             found = file_stamps(cert_file, key_file)
             if found == stamp:
                 return None
@@ -198,8 +208,13 @@ class ServerSecurity:
             require_client_authentication=roots is not None,
         )
 
-    def bind(self, server: grpc.aio.Server, listen: str) -> str:
+    def bind(self, server: grpc.aio.Server, listen: str, begins: Callable[[], None] = lambda: None) -> str:
         """Have a server listen at ``HOST:PORT``; the address as bound.
+
+        Args:
+            server: not started yet.
+            listen: the address.
+            begins: see `credentials`.
 
         Raises:
             LinkError: the address has another form, or cannot be bound.
@@ -208,7 +223,7 @@ class ServerSecurity:
         host, _ = split_address(listen)
         if self.insecure and self.tokens is not None and not is_loopback(host):
             raise SecurityError(f"{listen}: tokens in plaintext are everybody's on the way; leave insecure out")
-        credentials = self.credentials()
+        credentials = self.credentials(begins)
         try:
             if credentials is None:
                 port = server.add_insecure_port(listen)

@@ -44,6 +44,7 @@ CLIENT_OPTIONS: tuple[Option, ...] = (
 SERVER_OPTIONS: tuple[Option, ...] = (
     *_BOTH_ENDS,
     ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_INTERVAL_MS),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # gRPC's own two minutes are long for one that says nothing
     # Otherwise a second server on the same port starts, and takes half of the clients.
     ("grpc.so_reuseport", 0),
 )

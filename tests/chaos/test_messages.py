@@ -213,7 +213,7 @@ def generate(folder: Path, address: str, draft: Any = "off") -> list[int]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RemoteBack.__init__.__kwdefaults__, "step_timeout", 0.7)
-    monkeypatch.setitem(RemoteBack.__init__.__kwdefaults__, "connect_timeout", 0.7)
+    monkeypatch.setitem(RemoteBack.__init__.__kwdefaults__, "connect_timeout", 5.0)
     made = DraftPace.__init__
 
     def always_drafting(self: DraftPace) -> None:

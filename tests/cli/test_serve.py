@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from isthmus.cli.main import main
+from isthmus.errors import LinkError
+from isthmus.runtime.server.server import BackServer
 
 # The command with a back half that needs no model.
 PROGRAM = """
@@ -83,6 +88,8 @@ def test_a_port_in_use_is_an_error(serve):
         (["--tls-cert", "missing.pem", "--tls-key", "missing.key"], "SecurityError: certificate missing.pem"),
         (["--tls-cert", "missing.pem"], "SecurityError: a certificate and its key"),
         (["--lease", "0"], "RequestError: lease_s=0"),
+        (["--prefix-cache", "64"], "RequestError: size '64'"),
+        (["--device-frames", "-1"], "RequestError: frames_per_s_per_device=-1"),
         (["--listen", "7070"], "LinkError: address '7070'"),
     ],
 )
@@ -93,6 +100,24 @@ def test_options_of_no_use_are_errors(serve, arguments, named):
     assert named in errors
 
 
+def test_a_cache_of_prompts_may_be_sized_shared_or_left_out(monkeypatch):
+    taken = {}
+
+    def from_bundle(folder, listen, *, limits, **rest):
+        taken["limits"] = limits
+        raise LinkError("seen")
+
+    monkeypatch.setattr(BackServer, "from_bundle", from_bundle)
+    for arguments, expected in (
+        ([], (64_000_000, False, 1000.0)),
+        (["--prefix-cache", "0"], (0, False, 1000.0)),
+        (["--prefix-cache", "1.5GB", "--prefix-cache-shared", "--device-frames", "7"], (1_500_000_000, True, 7.0)),
+    ):
+        assert main(["serve", "out/server", *arguments]) == 1
+        limits = taken["limits"]
+        assert (limits.prefix_cache_bytes, limits.prefixes_shared, limits.frames_per_s_per_device) == expected
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
 def test_sighup_ends_nothing(serve):
     process = serve("--listen", "127.0.0.1:0")
@@ -101,4 +126,15 @@ def test_sighup_ends_nothing(serve):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
     process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "tgkill"), reason="needs glibc to signal a thread")
+def test_a_signal_may_be_given_to_any_thread(serve):
+    """As the system does above all when a process that was stopped goes on."""
+    process = serve("--listen", "127.0.0.1:0")
+    assert process.stdout.readline()
+    main, other, *_ = sorted(map(int, os.listdir(f"/proc/{process.pid}/task")))
+    assert main == process.pid
+    assert ctypes.CDLL(None).tgkill(process.pid, other, signal.SIGTERM) == 0
     assert process.wait(20) == 0

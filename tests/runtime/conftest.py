@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import selectors
-import socket
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +71,10 @@ class FakeSession:
     def advance(self, hidden: np.ndarray) -> None:
         self._rows += [row.tobytes() for row in hidden]
         self._engine.order.append(self)
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        joined = np.frombuffer(b"".join(self._rows[first:last]), np.uint8)
+        return joined.reshape(1, 1, 1, last - first, -1).copy()
 
     def append_rows(self, rows: np.ndarray) -> None:
         self._rows += [np.ascontiguousarray(rows[:, :, :, at]).tobytes() for at in range(rows.shape[3])]
@@ -181,74 +181,6 @@ class Generation:
         return self.tokens
 
 
-class Proxy:
-    """Forwards TCP to a server, until it is told to cut."""
-
-    def __init__(self, upstream: str) -> None:
-        host, _, port = upstream.rpartition(":")
-        self._upstream = host, int(port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self.accepting = True
-        self.after_bytes_up: int | None = None  # cut once that many more bytes went up
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
-
-    def cut(self) -> None:
-        with self._lock:
-            pairs, self._pairs = self._pairs, []
-        for pair in pairs:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self.accepting = False
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.cut()
-        for thread in self._threads:
-            thread.join(5)
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            if not self.accepting:
-                client.close()
-                continue
-            server = socket.create_connection(self._upstream)
-            with self._lock:
-                self._pairs.append((client, server))
-            thread = threading.Thread(target=self._forward, args=(client, server), daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def _forward(self, client: socket.socket, server: socket.socket) -> None:
-        with selectors.DefaultSelector() as selector, client, server:
-            selector.register(client, selectors.EVENT_READ, server)
-            selector.register(server, selectors.EVENT_READ, client)
-            while True:
-                for key, _ in selector.select():
-                    try:
-                        data = key.fileobj.recv(1 << 16)
-                        if data and key.fileobj is client and self.after_bytes_up is not None:
-                            self.after_bytes_up -= len(data)
-                            if self.after_bytes_up < 0:
-                                self.after_bytes_up = None
-                                return
-                        if not data:
-                            return
-                        key.data.sendall(data)
-                    except OSError:
-                        return
-
-
 @pytest.fixture
 def user_config(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's configuration folder with nothing of the real user's in it; one for all tests."""
@@ -332,19 +264,6 @@ def hidden() -> Callable[..., np.ndarray]:
 
 
 @pytest.fixture
-def make_proxy() -> Iterator[Callable[[str], Proxy]]:
-    proxies = []
-
-    def make(upstream: str) -> Proxy:
-        proxies.append(Proxy(upstream))
-        return proxies[-1]
-
-    yield make
-    for proxy in proxies:
-        proxy.close()
-
-
-@pytest.fixture
 def bystander(server: BackServer, make_generation: Callable[..., Generation]) -> Iterator[None]:
     """Another session on `server`, which generates while the test runs and must come out right."""
     generation = make_generation(server.address, [9, 8, 7, 6, 5], seed=3)
@@ -368,18 +287,3 @@ def bystander(server: BackServer, make_generation: Callable[..., Generation]) ->
     assert not failures
     assert generation.tokens == expected_tokens(generation.prompt, len(generation.tokens), seed=3)
     assert len(generation.tokens) >= 2
-
-
-@pytest.fixture
-def eventually() -> Callable[[Callable[[], bool]], bool]:
-    """Whether something becomes true within ten seconds."""
-
-    def wait(condition: Callable[[], bool]) -> bool:
-        deadline = time.monotonic() + 10
-        while not condition():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        return True
-
-    return wait

@@ -299,7 +299,7 @@ def test_an_impossible_deadline_ends_at_the_coarsest_level_and_says_so(generate,
     assert result.new_tokens == 48
     assert result.late_tokens == 47
     assert [token.level for token in result.tokens[:2]] == [0, 0]
-    assert {token.level for token in result.tokens[4:]} == {6}
+    assert {token.level for token in result.tokens[24:]} == {6}
     assert result.level_changes[-1].level == 6
     assert "token 2: level 6 after 0" in caplog.text
     assert result.tokens[-1].bytes_up < result.tokens[1].bytes_up

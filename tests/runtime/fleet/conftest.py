@@ -17,6 +17,7 @@ from isthmus.runtime.fleet.fleet import Fleet
 from isthmus.runtime.fleet.front import Front
 from isthmus.runtime.fleet.identity import FrontIdentity
 from isthmus.runtime.fleet.worker import Report, Worker, WorkerOptions
+from isthmus.runtime.server.audit import AuditLog
 from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
@@ -62,6 +63,7 @@ class RunningFleet:
         most: int,
         limits: ServerLimits,
         metrics: str | None,
+        audit: AuditLog | None,
     ) -> None:
         options = WorkerOptions(threads=1, limits=limits)
         self.identity = FrontIdentity.create()
@@ -74,7 +76,7 @@ class RunningFleet:
             return self.workers[-1]
 
         self.fleet = Fleet(folder, launch, self.identity.channel, options=options, least=least, most=most)
-        self.front = Front(self.fleet, "127.0.0.1:0", security, metrics=metrics)
+        self.front = Front(self.fleet, "127.0.0.1:0", security, metrics=metrics, audit=audit)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -129,10 +131,11 @@ def make_fleet(folder: Path) -> Iterator[Callable[..., RunningFleet]]:
         half: Path = folder / "server",
         security: ServerSecurity | None = None,
         metrics: str | None = None,
+        audit: AuditLog | None = None,
         **limits: Any,
     ) -> RunningFleet:
         security = security or ServerSecurity(insecure=True)
-        fleets.append(RunningFleet(half, security, least, most or least, ServerLimits(**limits), metrics))
+        fleets.append(RunningFleet(half, security, least, most or least, ServerLimits(**limits), metrics, audit))
         return fleets[-1]
 
     yield start

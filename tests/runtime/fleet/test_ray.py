@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,28 +32,15 @@ SERVES = re.compile(r"worker (\d+) \(process (\d+)\) serves")
 class FleetProcess:
     """An ``isthmus fleet`` process, and the processes of its workers as it tells them."""
 
-    def __init__(self, half: Path, home: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "isthmus.cli.main", "-v", "fleet", str(half), "--listen", "127.0.0.1:0"]
+    def __init__(self, start_serving: Callable[..., Any], half: Path, *options: str) -> None:
         self.temporary = Path(tempfile.mkdtemp(prefix="t-"))  # short: Unix sockets lie in it
-        self.process = subprocess.Popen(
-            [*command, "--insecure", "--threads", "1", *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"HOME": str(home), "XDG_CONFIG_HOME": str(home), "TMPDIR": str(self.temporary)},
-        )
-        self.log: list[str] = []
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert " on " in line, self.log
-        self.address = line.split(" on ")[1].split()[0]
+        command = ("fleet", half, "--listen", "127.0.0.1:0", "--insecure", "--threads", "1", *options)
+        self.serving = start_serving("-v", *command, temporary=self.temporary)
+        self.address = self.serving.address
 
-    def _listen(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log.append(line)
+    @property
+    def log(self) -> list[str]:
+        return self.serving.log
 
     @property
     def workers(self) -> dict[int, int]:
@@ -61,23 +48,10 @@ class FleetProcess:
         return {int(found[1]): int(found[2]) for line in self.log if (found := SERVES.search(line))}
 
     def end(self) -> int:
-        self.process.terminate()
-        status = self.process.wait(60)
-        self._listener.join(10)
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
-        self.process.stdout.close()
-        self.process.stderr.close()
+        status = self.serving.end()
         assert not list(self.temporary.iterdir())
         self.temporary.rmdir()
         return status
-
-
-def eventually(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.05)
 
 
 def alive(process: int) -> bool:
@@ -89,18 +63,16 @@ def alive(process: int) -> bool:
 
 
 @pytest.fixture
-def start_fleet(folder, tmp_path) -> Iterator[type[FleetProcess]]:
+def start_fleet(folder, start_serving) -> Iterator[Callable[..., FleetProcess]]:
     fleets = []
 
     def start(*options: str, half: Path = folder / "server") -> FleetProcess:
-        home = tmp_path / f"home-{len(fleets)}"
-        home.mkdir()
-        fleets.append(FleetProcess(half, home, *options))
+        fleets.append(FleetProcess(start_serving, half, *options))
         return fleets[-1]
 
     yield start
     for fleet in fleets:
-        if fleet.process.poll() is None:
+        if fleet.serving.process.poll() is None:
             for worker in fleet.workers.values():
                 if alive(worker):
                     os.kill(worker, signal.SIGCONT)
@@ -121,7 +93,7 @@ def undisturbed(folder):
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_one_of_three_workers_under_24_sessions(start_fleet, open_model, undisturbed, fault):
+def test_one_of_three_workers_under_24_sessions(start_fleet, eventually, open_model, undisturbed, fault):
     fleet = start_fleet("--workers", "3")
     results: list[tuple[int, list[int], int]] = []
     gate, started = threading.Event(), threading.Semaphore(0)
@@ -150,23 +122,23 @@ def test_one_of_three_workers_under_24_sessions(start_fleet, open_model, undistu
     assert all(tokens == undisturbed[number % 2] for number, tokens, _ in results)
     # About a third was there, as far as a busy machine placed them evenly; none of the others noticed.
     assert 4 <= sum(replays for _, _, replays in results) <= 12
-    eventually(lambda: set(fleet.workers) == {1, 2, 3, 4})
-    eventually(lambda: not alive(fleet.workers[1]))
+    assert eventually(lambda: set(fleet.workers) == {1, 2, 3, 4}, 60)
+    assert eventually(lambda: not alive(fleet.workers[1]), 60)
 
 
-def test_a_signal_drains_and_leaves_nothing(start_fleet, open_model, undisturbed):
+def test_a_signal_drains_and_leaves_nothing(start_fleet, eventually, open_model, undisturbed):
     fleet = start_fleet("--workers", "2")
     stream = open_model(fleet.address).tokens(PROMPT, max_new_tokens=NEW_TOKENS, sampling=SAMPLINGS[1])
     tokens = [next(iter(stream)).id for _ in range(5)]
-    fleet.process.terminate()
+    fleet.serving.process.terminate()
     tokens += [token.id for token in stream]
     stream.close()
     assert tokens == undisturbed[1]
     assert fleet.end() == 0
-    eventually(lambda: not any(map(alive, fleet.workers.values())))
+    assert eventually(lambda: not any(map(alive, fleet.workers.values())), 60)
 
 
-def test_a_signal_rolls(start_fleet, open_model, undisturbed, tiny, folder, tmp_path):
+def test_a_signal_rolls(start_fleet, eventually, open_model, undisturbed, tiny, folder, tmp_path):
     current = tmp_path / "current"
     current.symlink_to(folder)
     fleet = start_fleet("--workers", "1", half=current / "server")
@@ -175,15 +147,15 @@ def test_a_signal_rolls(start_fleet, open_model, undisturbed, tiny, folder, tmp_
     second = Path(tiny.bundle(bits=4, split=2))
     current.unlink()
     current.symlink_to(second)
-    fleet.process.send_signal(signal.SIGHUP)
-    eventually(lambda: any("new sessions go to" in line for line in fleet.log))
+    fleet.serving.process.send_signal(signal.SIGHUP)
+    assert eventually(lambda: any("new sessions go to" in line for line in fleet.log), 60)
     assert open_model(fleet.address, half=second / "device").generate(PROMPT, max_new_tokens=3).token_ids
     with pytest.raises(ProtocolError, match="MANIFEST_MISMATCH"):
         open_model(fleet.address).generate(PROMPT, max_new_tokens=3)
     assert tokens + [token.id for token in stream] == undisturbed[1]
     assert not stream.replays
     stream.close()
-    eventually(lambda: not alive(fleet.workers[1]))
+    assert eventually(lambda: not alive(fleet.workers[1]), 60)
 
 
 def stages_of(fleet: FleetProcess) -> list[int]:
@@ -200,7 +172,7 @@ def stages_of(fleet: FleetProcess) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes by their environment")
-def test_a_pipeline_that_loses_a_stage(start_fleet, open_model, tmp_path, write_checkpoint):
+def test_a_pipeline_that_loses_a_stage(start_fleet, eventually, open_model, tmp_path, write_checkpoint):
     from isthmus.export.export import export_bundle
 
     write_checkpoint(tmp_path / "checkpoint", "llama", 0)
@@ -223,30 +195,27 @@ def test_a_pipeline_that_loses_a_stage(start_fleet, open_model, tmp_path, write_
     stream.close()
     assert tokens == expected
     assert stream.replays
-    eventually(lambda: not alive(cut.workers[1]))  # the rest of the worker ends, too
-    eventually(lambda: len(stages_of(cut)) == 1)
+    assert eventually(lambda: not alive(cut.workers[1]), 60)  # the rest of the worker ends, too
+    assert eventually(lambda: len(stages_of(cut)) == 1, 60)
 
 
-@pytest.mark.parametrize(
-    ("options", "rule"),
-    [
-        (["--memory-limit", "1MB"], "MB"),
-        (["--pipeline", "7"], "needs as many blocks"),
-        (["--max-workers", "2"], "give one or the other"),
-    ],
-    ids=["memory", "pipeline", "workers"],
-)
-def test_what_does_not_start_is_one_line(folder, tmp_path, options, rule):
+def test_what_does_not_start_is_one_line(folder, tmp_path):
+    refused = {
+        ("--memory-limit", "1MB"): "MB",
+        ("--pipeline", "7"): "needs as many blocks",
+        ("--max-workers", "2"): "give one or the other",
+    }
     command = [sys.executable, "-m", "isthmus.cli.main", "fleet", str(folder / "server"), "--workers", "1"]
     environment = os.environ | {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
-    ended = subprocess.run(
-        [*command, "--listen", "127.0.0.1:0", *options],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
-    assert ended.returncode == 1
-    [line] = [line for line in ended.stderr.splitlines() if line.startswith("isthmus: error: ")]
-    assert rule in line
-    assert "Traceback" not in ended.stderr
+    processes = {
+        rule: subprocess.Popen(
+            [*command, "--listen", "127.0.0.1:0", *options], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for options, rule in refused.items()
+    }
+    for rule, process in processes.items():
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1
+        [line] = [line for line in errors.splitlines() if line.startswith("isthmus: error: ")]
+        assert rule in line
+        assert "Traceback" not in errors

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from isthmus.errors import LinkError, ProtocolError
+from isthmus.errors import LinkError, ProtocolError, SecurityError
 from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.sampling import Sampling
+from isthmus.runtime.server.admission import Admission
+from isthmus.runtime.server.audit import AuditLog
+from isthmus.runtime.server.frame_rate import FrameRate
 from isthmus.runtime.wire import isthmus_pb2 as pb
 from isthmus.runtime.wire.authority import Authority
 from isthmus.runtime.wire.framing import hello_message, open_message, step_message
-from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
+from isthmus.runtime.wire.security import DEVICE_HEADER, ChannelSecurity, ServerSecurity
 from isthmus.runtime.wire.stream import ClientStream
+from isthmus.runtime.wire.tokens import issue_token
 
 INSECURE = ChannelSecurity(insecure=True)
 
@@ -182,3 +189,70 @@ def test_none_but_the_front_enters_a_worker(make_fleet, make_stream, tmp_path, o
     for security in (INSECURE, ChannelSecurity(ca_file=tmp_path / "ca.pem", **files)):
         with pytest.raises((LinkError, ProtocolError)):
             make_stream(address, security=security).receive(10)
+
+
+def test_the_front_counts_a_device_s_frames(make_fleet, make_stream, tmp_path, monkeypatch):
+    monkeypatch.setattr("isthmus.runtime.fleet.relay.FrameRate", lambda rate: FrameRate(rate, clock=lambda: 0.0))
+    tokens = tmp_path / "tokens"
+    names = [ChannelSecurity(insecure=True, token=issue_token(tokens, name)) for name in ("kitchen", "phone")]
+    fleet = make_fleet(1, security=ServerSecurity(insecure=True, tokens=tokens), frames_per_s_per_device=16)
+    for security, steps in zip(names, (18, 15), strict=True):
+        stream = make_stream(fleet.address, security=security)
+        for each in (opening(steps), *(step(number, number - 1) for number in range(1, steps + 1))):
+            stream.send(each)
+        assert bodies(stream, 2 + steps) == ["welcome", "opened", *["result"] * steps]
+        assert fleet.call(lambda: fleet.front._service.frames.held) == 3  # with Open, the first one's
+    assert fleet.workers[0].server.limits.frames_per_s_per_device == math.inf
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_workers_tell_devices_prompts_apart(make_fleet, make_stream, tmp_path, shared):
+    tokens = tmp_path / "tokens"
+    devices = [ChannelSecurity(insecure=True, token=issue_token(tokens, name)) for name in ("kitchen", "phone")]
+    fleet = make_fleet(1, security=ServerSecurity(insecure=True, tokens=tokens), prefixes_shared=shared)
+    prompt = step_message(1, 0, 40, True, np.ones((40, 64), np.float32).tobytes())
+    reused = []
+    for device in (devices[0], devices[1], devices[0]):
+        stream = make_stream(fleet.address, security=device)
+        stream.send(opening(64))
+        stream.send(prompt)
+        assert bodies(stream, 3) == ["welcome", "opened", "result"]
+        reused.append(fleet.workers[0].server.prefixes.reused)
+    assert reused == ([0, 32, 64] if shared else [0, 0, 32])
+    assert fleet.workers[0].worker.report().prefixes[1:] == (3 * 39, reused[-1])
+
+
+def test_a_device_names_nobody_but_itself(tmp_path):
+    token = issue_token(tmp_path / "tokens", "phone")
+    claim = [(DEVICE_HEADER, b"kitchen"), *ChannelSecurity(token=token).metadata]
+    assert Admission(ServerSecurity(insecure=True, tokens=tmp_path / "tokens")).identity({}, claim) == "phone"
+    assert Admission(ServerSecurity(insecure=True)).identity({}, claim) == ""
+    with pytest.raises(SecurityError, match="client_ca"):
+        ServerSecurity(behind_front=True)
+
+
+def test_a_device_whose_token_is_taken_back_is_sent_away_and_the_audit_log_tells(make_fleet, make_stream, tmp_path):
+    tokens, path = tmp_path / "tokens", tmp_path / "audit.jsonl"
+    kitchen, phone = (ChannelSecurity(insecure=True, token=issue_token(tokens, name)) for name in ("kitchen", "phone"))
+    with AuditLog(path) as audit:
+        fleet = make_fleet(1, security=ServerSecurity(insecure=True, tokens=tokens), audit=audit)
+        streams = [make_stream(fleet.address, security=security) for security in (kitchen, phone)]
+        for stream in streams:
+            stream.send(opening())
+            session_of(stream)
+        kept = [line for line in tokens.read_text().splitlines(keepends=True) if not line.startswith("kitchen")]
+        tokens.write_text("".join(kept))
+        with pytest.raises(LinkError, match="UNAUTHENTICATED"):
+            while True:
+                streams[0].receive(20)
+        streams[1].send(step(1, 0))
+        streams[1].send(message(close=pb.Close()))
+        assert bodies(streams[1], 2) == ["result", "closed"]
+        with pytest.raises(SecurityError):
+            make_stream(fleet.address, security=kitchen).receive(20)
+        streams[1].close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    of = {name: [line["event"] for line in lines if line.get("device") == name] for name in ("kitchen", "phone")}
+    assert of["kitchen"] == ["connected", "opened", "expelled", "disconnected"]
+    assert of["phone"][:3] == ["connected", "opened", "closed"]
+    assert [line["event"] for line in lines if "device" not in line] == ["turned away"]

@@ -43,6 +43,8 @@ def test_what_passes_is_counted(server, make_generation, make_link):
     assert found["faults_total{code=SERVER_FULL}"] == 1
     assert found["step_seconds_count{part=compute}"] == 4
     assert found["kv_bytes"] == 64 * 512
+    assert found["prefix_tokens_asked"] == len(PROMPT) - 1  # the last one's row runs in any case
+    assert found["prefix_tokens_reused"] == found["prefix_cache_bytes"] == found["frames_held"] == 0
 
 
 def test_top_shows_them(server, make_generation, capsys):
