@@ -213,7 +213,8 @@ def plot(
         last_s = max(last_s, run.at_s[-1])
         above.plot(run.at_s, run.ms, ".", color=colour, markersize=4, label=str(configuration))
         if configuration.deadline_ms is not None:
-            below.step(run.at_s, [token.level or 0 for token in run.tokens], color=colour, where="post")
+            levels = [np.nan if token.level is None else token.level for token in run.tokens]
+            below.step(run.at_s, levels, color=colour, where="post")
     above.axhline(deadline_ms, color="#000000", linewidth=1, linestyle="--", label=f"deadline {deadline_ms:g} ms")
     ends = [*(start for start, _ in trace[1:]), last_s]
     for (start, rate), end in zip(trace, ends, strict=True):

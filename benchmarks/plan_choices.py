@@ -1,11 +1,13 @@
 """The planner's choice against three fixed ones, predicted and measured, for eight pairs of a device and a link.
 
-    python benchmarks/plan_choices.py [--work FOLDER] [--json]
+    python benchmarks/plan_choices.py [--work FOLDER] [--memory SIZE] [--predict] [--json]
 
 The fixed choices: all layers on the device at 4 bits, half and half at 4 and 8 bits, all on the server at 8 bits by
 token ids. A device is this machine with one thread and the share of its time that makes 4-bit decoding as fast as the
 profile says, held by a control group; a link is `isthmus link`; the server is this machine with one thread on another
-core. What is predicted is predicted for these emulated devices. Nothing else should run.
+core. What is predicted is predicted for these emulated devices. Nothing else should run. ``--memory`` is a limit for
+all devices, in place of what each has free; a choice that breaks it does not count. All answer the same chat prompts;
+fixed choices do not draft.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 from tabulate import tabulate
 
 from isthmus.cli.progress import progress_bar
+from isthmus.devices.budget import parse_megabytes
 from isthmus.devices.limits import limited
 from isthmus.devices.link import LinkProfile, link_profile
 from isthmus.devices.probe import probe
@@ -36,6 +39,7 @@ from isthmus.export.grid import Grid
 from isthmus.export.limits import Limits
 from isthmus.export.plan import Candidate
 from isthmus.export.planner import search
+from isthmus.export.shipped_drafts import shipped_figures
 from isthmus.export.sources import resolve_model
 
 MODEL = "smollm2-135m-instruct"
@@ -54,9 +58,15 @@ FIXED = {
         "kv_bits": 32,
         "codec": "klt",
         "level": 2,
+        "draft_length": 0,
     },
     "all on server": {"mode": "server-only", "back_bits": 8},
 }
+PROMPTS = (
+    "Explain to a child why the sky is blue.",
+    "Write a short letter to a friend who has moved to another town.",
+    "What should I think of before I buy a used bicycle?",
+)
 
 
 def emulated(device: DeviceProfile, host: DeviceProfile) -> tuple[DeviceProfile, float]:
@@ -101,10 +111,19 @@ def measure(folder: Path, candidate: Candidate, link: LinkProfile, share: float)
         *command,
         "generate",
         str(folder / "device"),
-        "--prompt-ids",
-        ",".join(map(str, range(100, 100 + PROMPT))),
+        "--chat",
+        "-n",
+        str(NEW),
+        "--context",
+        str(CONTEXT),
+        "--threads",
+        "1",
+        "--json",
     ]
-    generate += ["-n", str(NEW), "--threads", "1", "--json"]
+    if candidate.draft_length:
+        generate += ["--draft-length", str(candidate.draft_length)]
+    elif candidate.mode != "device-only":
+        generate += ["--draft", "off"]
     with ExitStack() as stack:
         if candidate.mode != "device-only":
             serve = [
@@ -131,10 +150,16 @@ def measure(folder: Path, candidate: Candidate, link: LinkProfile, share: float)
         elif candidate.mode == "split":
             generate += ["--codec", candidate.codec]
         limits = stack.enter_context(limited(cpus=1, cpu_time=share if share < 1 else None))
-        done = subprocess.run(generate, capture_output=True, text=True, check=False, preexec_fn=limits.enter)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return 1e3 / float(json.loads(done.stdout)["decode_tokens_per_s"])
+        seconds, tokens = 0.0, 0
+        for prompt in PROMPTS:
+            command = [*generate, "-p", prompt]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limits.enter)
+            if done.returncode:
+                sys.exit(done.stderr)
+            result = json.loads(done.stdout)
+            tokens += result["new_tokens"] - 1
+            seconds += (result["new_tokens"] - 1) / result["decode_tokens_per_s"]
+    return 1e3 * seconds / tokens
 
 
 @contextmanager
@@ -165,11 +190,14 @@ def main() -> None:
     """Plan, export, run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="where bundles are kept (default: a temporary one)")
+    parser.add_argument("--memory", metavar="SIZE", help="limit of all devices' processes, such as 220MB")
+    parser.add_argument("--predict", action="store_true", help="run nothing but the probe")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     checkpoint = open_checkpoint(resolve_model(MODEL))
     arch = family_of(checkpoint.config).architecture(checkpoint.config)
-    accuracy = find_accuracy(checkpoint.file_hashes())
+    files = checkpoint.file_hashes()
+    accuracy, draft = find_accuracy(files), shipped_figures(files)
     if accuracy is None:
         sys.exit(f"measure it first: isthmus eval {MODEL} --for-plan")
     rows: list[dict[str, Any]] = []
@@ -181,15 +209,15 @@ def main() -> None:
         for index, (device, link) in enumerate(pairs):
             progress(f"{device}, {link}", index, len(pairs))
             machine, share = emulated(load_profile(device), host)
-            memory_mb = load_profile(device).free_mb
+            memory_mb = parse_megabytes(args.memory) if args.memory else load_profile(device).free_mb
             limits = Limits(memory_mb=memory_mb, context=CONTEXT, prompt_tokens=PROMPT, max_drop=MAX_DROP)
-            grid = Grid(arch, accuracy, machine, link_profile(link), host, limits, threads=1)
+            grid = Grid(arch, accuracy, machine, link_profile(link), host, limits, threads=1, draft=draft)
             for name, candidate in choices(grid).items():
                 if candidate is None:
                     continue
                 row = {"device": device, "link": link, "choice": name, "fits": grid.feasible(candidate)}
                 row |= {"share": share, "predicted_ms": candidate.ms_per_token} | candidate.to_dict()
-                if row["fits"]:
+                if row["fits"] and not args.predict:
                     folder = bundle_of(root, candidate)
                     row["measured_ms"] = measure(folder, candidate, link_profile(link), share)
                 rows.append(row)
@@ -204,10 +232,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         chosen = mine["plan"]
         bits = f"{chosen['front_bits']}/{chosen['back_bits']}"
         codec = chosen["codec"] if chosen["level"] is None else f"{chosen['codec']} {chosen['level']}"
-        line = [*pair, f"{chosen['mode']}, {chosen['split']}, {bits}, {codec}"]
+        drafts = f", {chosen['draft_length']} drafts" if chosen["draft_length"] else ""
+        line = [*pair, f"{chosen['mode']}, {chosen['split']}, {bits}, {codec}{drafts}"]
         for name in ("plan", *FIXED):
             row = mine[name]
-            line.append(f"{row['predicted_ms']:.1f} / {row['measured_ms']:.1f}" if row["fits"] else "breaks a limit")
+            measured = f" / {row['measured_ms']:.1f}" if "measured_ms" in row else ""
+            line.append(f"{row['predicted_ms']:.1f}{measured}" if row["fits"] else "breaks a limit")
         lines.append(line)
     return tabulate(lines, ["device", "link", "plan", "plan ms", *FIXED], disable_numparse=True)
 

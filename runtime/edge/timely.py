@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # gRPC loads only where a server is used
     from .link import RemoteBack
     from .trained_draft import DraftSession
 
-RESERVE_S = 0.001  # before the deadline, in which the draft's token is handed on
+RESERVE_S = 0.002  # before the deadline, in which the draft's token is handed on
 _MOST_DUE = 8  # answers; while so many are due, nothing more is asked for
 
 

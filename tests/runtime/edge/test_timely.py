@@ -212,7 +212,7 @@ def test_whatever_was_taken_late_the_server_goes_on_from_there(calibrated, repea
         submit(self, hidden, position, ids, **options)
 
     monkeypatch.setattr(RemoteBack, "submit", watched)
-    model = open_model(calibrated, repeating_address, 60_000 if share is None else 1.1, exit_agreement=0.9)
+    model = open_model(calibrated, repeating_address, 60_000 if share is None else 2.1, exit_agreement=0.9)
     model._exit_threshold = surest(calibrated, plain, share) if share else 0.0
     result = model.generate(PROMPT, max_new_tokens=NEW_TOKENS)
     assert result.token_ids == plain.token_ids
@@ -234,7 +234,7 @@ def surest(folder: Path, plain: Generation, share: float) -> float:
 def test_a_link_that_breaks_while_answers_are_due_changes_no_token(calibrated, repeating_address, make_proxy):
     plain = open_model(calibrated, repeating_address, None, draft="off").generate(PROMPT, max_new_tokens=NEW_TOKENS)
     proxy = make_proxy(repeating_address)
-    model = open_model(calibrated, proxy.address, 1.1, exit_agreement=0.9)
+    model = open_model(calibrated, proxy.address, 2.1, exit_agreement=0.9)
     model._exit_threshold = surest(calibrated, plain, 0.5)
     with model.stream(PROMPT, max_new_tokens=NEW_TOKENS) as stream:
         for number, _ in enumerate(stream):
