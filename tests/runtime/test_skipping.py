@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isthmus.cli.main import main
 from isthmus.errors import LinkError, ProtocolError, RequestError
 from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.edge.model import EdgeModel
@@ -254,3 +256,14 @@ def test_blocks_that_are_not_the_servers_are_refused(
     assert isinstance(back, RemoteBack)
     with pytest.raises(ProtocolError, match="each must begin a block of this server's half"):
         back.open(20, Sampling(), (), bypass)
+
+
+def test_the_command_tells_how_many_layers_ran(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(small_blocks(tiny, None) / "device"), "--prompt-ids", "3,1,4", "-n", "20"]
+    assert main([*command, "--skip-schedule", "4:2:6", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["mean_layers"] == sum(token["layers"] for token in result["tokens"]) / result["new_tokens"] < 4
+    assert main([*command, "--skip-schedule", "4:2:6"]) == 0
+    assert f"{result['mean_layers']:.1f} layers a token" in capsys.readouterr().err
+    assert main([*command, "--skip-schedule", "2:4"]) == 1
+    assert "must be MOST:LEAST:TOKENS" in capsys.readouterr().err
