@@ -27,6 +27,7 @@ DraftSource = Literal["draft", "ngram"]
 
 _WINDOW = 24  # tokens over which a way's time is averaged
 _PAUSE, _LONGEST_PAUSE = 96, 2048  # tokens between trials of the slower way
+_WORST = 2.0  # times as slow as a way counts at most: a hiccup may have hit its last trial
 _LEAST_CHANCE = 0.025  # below, a draft is not worth its energy
 _MARGIN = 2.0  # mean deviations before the expected answer, from when on a draft may be in its way
 _PRIOR_WEIGHT = 4.0  # guesses that the first expectation counts for
@@ -114,7 +115,7 @@ class DraftPace:
             if other.token_s is not None:  # the trial did not pay: the next one later
                 trial.pause = min(2 * trial.pause, _LONGEST_PAUSE)
             self._change()
-        elif other.idle >= other.pause * max(1.0, other.token_s / trial.token_s) ** 2:
+        elif other.idle >= other.pause * min(_WORST, max(1.0, other.token_s / trial.token_s)):
             self._change()
         else:
             trial.pause, self._left = _PAUSE, trial.tokens

@@ -104,3 +104,10 @@ def test_drafts_come_back_when_they_pay_and_go_when_they_do_not():
     run(made, 1000, 0.014, 0.01)
     assert sum(run(made, 3000, 0.03, 0.1)[-500:]) > 480
     assert sum(run(made, 3000, 0.2, 0.1)[-500:]) < 60
+
+
+def test_a_bad_spell_is_soon_forgotten():
+    made = DraftPace()
+    run(made, 500, 0.04, 0.1)
+    run(made, 40, 0.4, 0.1)
+    assert sum(run(made, 400, 0.04, 0.1)[-200:]) > 190
