@@ -56,15 +56,22 @@ class _Trial:
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens  # of one trial
         self.token_s: float | None = None
+        self._seen = 0  # tokens that this is the mean of
+        self.won = False  # whether it was the faster way since it began
         self.pause = _PAUSE  # tokens until the next one, while the other way is faster
         self.idle = 0  # tokens since the last one
 
     def add(self, seconds: float, tokens: int) -> None:
         """Take tokens that came this way."""
-        weight = min(1.0, tokens / _WINDOW)
+        self._seen = min(_WINDOW, self._seen + tokens)
+        weight = min(1.0, tokens / self._seen)
         token_s = seconds / tokens
         self.token_s = token_s if self.token_s is None else self.token_s + weight * (token_s - self.token_s)
         self.idle = 0
+
+    def begin(self) -> None:
+        """Measure anew: what was before the pause may have been a hiccup."""
+        self._seen, self.won = 0, False
 
 
 class DraftPace:
@@ -112,13 +119,14 @@ class DraftPace:
         if self._left > 0 or trial.token_s is None:
             return
         if other.token_s is None or trial.token_s > other.token_s:
-            if other.token_s is not None:  # the trial did not pay: the next one later
+            if other.token_s is not None and not trial.won:  # the trial did not pay: the next one later
                 trial.pause = min(2 * trial.pause, _LONGEST_PAUSE)
             self._change()
         elif other.idle >= other.pause * min(_WORST, max(1.0, other.token_s / trial.token_s)):
+            other.begin()
             self._change()
         else:
-            trial.pause, self._left = _PAUSE, trial.tokens
+            trial.pause, trial.won, self._left = _PAUSE, True, trial.tokens
 
     def _change(self) -> None:
         self.drafting = not self.drafting
