@@ -88,6 +88,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 END_BYTE = "\0"  # its token ends a generation
 
+# A shell without job control has what it starts in the background ignore this, and whatever that starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # No test asserts a time: a shared machine may take any.
 settings.register_profile("isthmus", deadline=None)
 settings.load_profile("isthmus")
