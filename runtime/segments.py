@@ -248,8 +248,10 @@ class StackSession:
             raise RequestError(
                 f"{cache.length} positions and {tokens} more: this session was opened for {cache.capacity}"
             )
-        parts = [self._run(hidden[rows]) for rows in stretches(cache.bypass, cache.length, tokens)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        parts = list(stretches(cache.bypass, cache.length, tokens))
+        if len(parts) == 1:
+            return self._run(hidden)
+        return np.concatenate([self._run(hidden[rows]).copy() for rows in parts])
 
     def _run(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run rows that go through the same blocks."""

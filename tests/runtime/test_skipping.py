@@ -115,7 +115,9 @@ def test_no_chunking_changes_a_bit(tiny: Any, kind: str, bits: int, data: st.Dat
     folder = tiny.bundle(kind, bits=bits, layers_per_block=1)
     stack = LayerStack(open_bundle(folder, "device"), 1)
     ids = data.draw(st.lists(st.integers(0, 255), min_size=1, max_size=30))
-    bypass = {start: data.draw(st.integers(0, 30)) for start in data.draw(st.sets(st.sampled_from(stack.starts)))}
+    elsewhere = [98, 99]  # blocks of the other half
+    starts = data.draw(st.sets(st.sampled_from([*stack.starts, *elsewhere])))
+    bypass = {start: data.draw(st.integers(0, 30)) for start in starts}
     session, embedding = stack.session(len(ids) + 8, bypass), Embedding(open_bundle(folder, "device"))
     parts: list[np.ndarray] = []
     while (at := session.cache.length) < len(ids):
@@ -125,6 +127,14 @@ def test_no_chunking_changes_a_bit(tiny: Any, kind: str, bits: int, data: st.Dat
             session.cache.truncate(at)
         parts.append(session.forward(embedding.rows(ids[at : at + count])).copy())
     assert np.array_equal(np.concatenate(parts), by_blocks(folder, ids, bypass))
+
+
+def test_stretches_of_equal_length_and_blocks_keep_their_rows(tiny: Any) -> None:
+    folder = tiny.bundle("llama", bits=4, layers_per_block=1)
+    device = open_bundle(folder, "device")
+    bypass, ids = {98: 4, 99: 8}, list(range(1, 13))  # cuts by blocks of the other half
+    rows = LayerStack(device, 1).session(12, bypass).forward(Embedding(device).rows(ids))
+    assert np.array_equal(rows, by_blocks(folder, ids, {}))
 
 
 # --- generations
