@@ -16,16 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from processes import serving
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -34,19 +31,6 @@ from isthmus.runtime.wire.security import ChannelSecurity
 
 SECURITY = ChannelSecurity(insecure=True)
 TOGETHER, IN_TURNS = "together", "in turns"
-
-
-@contextmanager
-def serve(folder: Path, *options: str) -> Iterator[str]:
-    """A server process; its address."""
-    command = [sys.executable, "-m", "isthmus.cli.main", "serve", str(folder), "--listen", "127.0.0.1:0", "--insecure"]
-    command += ["--prefix-cache", "0"]  # every repetition computes its prompts
-    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield process.stdout.readline().split(" on ")[1].split()[0]
-        finally:
-            process.terminate()
 
 
 def measure(recordings: Recordings, servers: dict[str, str], sessions: int, repetitions: int) -> dict[str, Any]:
@@ -137,7 +121,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="write batching.json and batching.png there")
     args = parser.parse_args()
     folder = args.bundle / "server"
-    with serve(folder) as together, serve(folder, "--max-batch", "1") as in_turns:
+    # Every repetition computes its prompts.
+    command = ("serve", folder, "--listen", "127.0.0.1:0", "--insecure", "--prefix-cache", 0)
+    with serving(*command) as (together, _), serving(*command, "--max-batch", 1) as (in_turns, _):
         servers = {TOGETHER: together, IN_TURNS: in_turns}
         short, long = (
             record(

@@ -17,12 +17,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -30,6 +27,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from processes import serving
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -102,23 +100,6 @@ class Run:
     def late(self, deadline_ms: float) -> int:
         """Tokens that took longer."""
         return sum(ms > deadline_ms for ms in self.ms)
-
-
-@contextmanager
-def command(cores: Sequence[int], *arguments: object) -> Iterator[str]:
-    """An isthmus command that serves, and its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "isthmus.cli.main", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().split(" on ")[1].split()[0]
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def generate(bundle: Path, address: str, configuration: Configuration, seconds: float) -> Run:
@@ -262,12 +243,12 @@ def main() -> None:
         file = Path(folder) / "trace.txt"
         file.write_text("".join(f"{start} {rate} {rtt_ms}\n" for start, rate in trace))
         listen = ("--listen", "127.0.0.1:0")
-        serving: Any = ("serve", args.bundle / "server", "--insecure", "--threads", 1, "--prefix-cache", 0, *listen)
-        with command(there, *serving) as server:
+        served: Any = ("serve", args.bundle / "server", "--insecure", "--threads", 1, "--prefix-cache", 0, *listen)
+        with serving(*served, cores=there) as (server, _):
             generate(args.bundle, server, chosen[1], 1.0)  # warms the server up
             order = [each for _ in range(args.repetitions) for each in chosen]
             for configuration in tqdm(order, disable=None):
-                with command(here, "link", "--connect", server, "--trace", file, *listen) as link:
+                with serving("link", "--connect", server, "--trace", file, *listen, cores=here) as (link, _):
                     runs[configuration].append(generate(args.bundle, link, configuration, seconds))
     exact = runs[chosen[0]][0]
     kl = divergences(args.bundle, [token.id for token in exact.tokens])

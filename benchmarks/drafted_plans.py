@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from processes import serving
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -42,23 +40,6 @@ PROMPTS = Path(__file__).parent / "prompts"
 KINDS = ("chat", "summarise", "code")
 LEVEL = 2  # of klt
 PLACES = 6  # acceptance is told apart up to there
-
-
-@contextmanager
-def command(cores: Sequence[int], *arguments: object) -> Iterator[str]:
-    """An isthmus command that serves, and its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "isthmus.cli.main", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().split(" on ")[1].split()[0]
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def measure(
@@ -169,12 +150,12 @@ def main() -> None:
     os.sched_setaffinity(0, here)
     machine = probe(threads=1)
     lines, waits = [], []
-    serving = ("serve", args.bundle / "server", "--insecure", "--threads", 1, "--listen", "127.0.0.1:0")
-    with command(there, *serving) as server:
+    served = ("serve", args.bundle / "server", "--insecure", "--threads", 1, "--listen", "127.0.0.1:0")
+    with serving(*served, cores=there) as (server, _):
         manifest = EdgeModel(args.bundle / "device", server=server, draft="off", threads=1).manifest
         for rtt in rtts:
             shape = ("--rtt", rtt, "--rate", args.rate, "--listen", "127.0.0.1:0")
-            with command(cores, "link", "--connect", server, *shape) as link:
+            with serving("link", "--connect", server, *shape, cores=cores) as (link, _):
                 measured, model = measure(args.bundle, link, lengths, prompts, args.tokens)
             undrafted = measured[lengths[0]]
             lines += rows(rtt, predict(machine, manifest, f"rtt={rtt},rate={args.rate}", undrafted), measured)

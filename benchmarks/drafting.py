@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from processes import serving
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -48,23 +47,6 @@ WAYS: dict[str, tuple[DraftMode, bool]] = {
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#999999", "#D55E00")
 
 
-@contextmanager
-def command(cores: Sequence[int], *arguments: object) -> Iterator[str]:
-    """An isthmus command that serves, and its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "isthmus.cli.main", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().split(" on ")[1].split()[0]
-    finally:
-        process.terminate()
-        process.wait()
-
-
 class Bench:
     """A bundle, its running server, and the cores that a link may use."""
 
@@ -84,7 +66,7 @@ class Bench:
     def link(self, rtt: str) -> Iterator[str]:
         """The server's address through a link."""
         arguments = ("--connect", self._server, "--rtt", rtt, "--rate", self._rate, "--listen", "127.0.0.1:0")
-        with command(self._cores, "link", *arguments) as address:
+        with serving("link", *arguments, cores=self._cores) as (address, _):
             yield address
 
     def speed(self, rtt: str, prompts: dict[str, list[Prompt]], tokens: int) -> dict[str, Any]:
@@ -215,7 +197,7 @@ def main() -> None:
     os.sched_setaffinity(0, here)
     kept = args.output / "drafting.json" if args.output is not None else None
     results: dict[str, Any] = json.loads(kept.read_text()) if kept is not None and kept.is_file() else {}
-    serving = (
+    served = (
         "serve",
         args.bundle / "server",
         "--insecure",
@@ -226,7 +208,7 @@ def main() -> None:
         "--listen",
         "127.0.0.1:0",
     )
-    with command(there, *serving) as server:
+    with serving(*served, cores=there) as (server, _):
         bench = Bench(args.bundle, server, cores, args.rate)
         for part in args.parts.split(","):
             if part == "speed":

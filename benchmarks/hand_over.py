@@ -17,17 +17,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import get_args
 
 import numpy as np
+from processes import serving
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -46,23 +43,6 @@ AFTER = 4  # tokens that it generates afterwards
 FOLLOWING = 128  # tokens of the text on which the loss is measured
 RATES_MBIT = (10, 1)
 ROWS8_BITS = 8 + 16 / 64  # a float16 scale for each head of 64
-
-
-@contextmanager
-def serve(folder: Path, core: int | None) -> Iterator[str]:
-    """A server process on one thread, pinned to a core; its address."""
-    command = [sys.executable, "-m", "isthmus.cli.main", "serve", str(folder), "--listen", "127.0.0.1:0"]
-    with subprocess.Popen(
-        [*command, "--threads", "1", "--prefix-cache", "0"], stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            address = process.stdout.readline().split(" on ")[1].split()[0]
-            if core is not None:
-                os.sched_setaffinity(process.pid, {core})
-            yield address
-        finally:
-            process.send_signal(signal.SIGTERM)
 
 
 def elements(manifest: Manifest, w: int, layers: Sequence[int]) -> int:
@@ -142,7 +122,8 @@ def main() -> None:
         folder = args.bundle or Path(scratch) / "bundle"
         if not args.bundle:
             export_bundle(args.model, folder, split=args.split, device_layers="all")
-        with serve(folder / "server", cores[-1] if len(cores) > 1 else None) as address:
+        command = ("serve", folder / "server", "--listen", "127.0.0.1:0", "--threads", 1, "--prefix-cache", 0)
+        with serving(*command, cores=cores[-1:] if len(cores) > 1 else ()) as (address, _):
             if len(cores) > 1:
                 os.sched_setaffinity(0, {cores[0]})
             losses = Losses(folder)

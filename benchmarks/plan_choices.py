@@ -17,12 +17,12 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from processes import serving
 from tabulate import tabulate
 
 from isthmus.cli.progress import progress_bar
@@ -126,25 +126,14 @@ def measure(folder: Path, candidate: Candidate, link: LinkProfile, share: float)
         generate += ["--draft", "off"]
     with ExitStack() as stack:
         if candidate.mode != "device-only":
-            serve = [
-                "taskset",
-                "-c",
-                "1",
-                *command,
-                "serve",
-                str(folder / "server"),
-                "--listen",
-                "127.0.0.1:0",
-                "--threads",
-                "1",
-                "--prefix-cache",
-                "0",
-            ]
-            address = stack.enter_context(running(serve))
+            serve = ("serve", folder / "server", "--listen", "127.0.0.1:0", "--threads", 1, "--prefix-cache", 0)
+            address, _ = stack.enter_context(serving(*serve, cores=[1]))
             shape = ["--rtt", f"{link.rtt_ms}ms", "--jitter", f"{link.jitter_ms}ms", "--loss", f"{link.loss}"]
             shape += ["--rate-up", f"{link.up_mbit_s}mbit", "--rate-down", f"{link.down_mbit_s}mbit"]
-            proxy = [*command, "link", "--listen", "127.0.0.1:0", "--connect", address, *shape]
-            generate += ["--server", stack.enter_context(running(proxy))]
+            link_address, _ = stack.enter_context(
+                serving("link", "--listen", "127.0.0.1:0", "--connect", address, *shape)
+            )
+            generate += ["--server", link_address]
         if candidate.level >= 0:
             generate += ["--codec", candidate.codec, "--level", str(candidate.level)]
         elif candidate.mode == "split":
@@ -160,20 +149,6 @@ def measure(folder: Path, candidate: Candidate, link: LinkProfile, share: float)
             tokens += result["new_tokens"] - 1
             seconds += (result["new_tokens"] - 1) / result["decode_tokens_per_s"]
     return 1e3 * seconds / tokens
-
-
-@contextmanager
-def running(command: list[str]) -> Iterator[str]:
-    """A server or proxy in a process of its own; its address."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        if process.stdout is None:
-            raise RuntimeError("no pipe")
-        line = process.stdout.readline()
-        yield next(word.strip("(),") for word in line.split() if word.startswith("127.0.0.1:"))
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def choices(grid: Grid) -> dict[str, Candidate | None]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from processes import serving
 from tabulate import tabulate
 from tokenizers import Tokenizer
 
@@ -146,15 +147,10 @@ def server_of(folder: Path, configuration: Configuration) -> Iterator[str]:
     if configuration.codec == "none":
         yield ""
         return
-    command = [*ISTHMUS, "serve", str(folder / "server"), "--listen", "127.0.0.1:0", "--threads", "1"]
-    command += ["--prefix-cache", "0"]  # what is predicted is a prompt that is computed
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline() if process.stdout else ""
-        yield line.split(" on ")[1].split()[0]
-    finally:
-        process.terminate()
-        process.wait()
+    # What is predicted is a prompt that is computed.
+    command = ("serve", folder / "server", "--listen", "127.0.0.1:0", "--threads", 1, "--prefix-cache", 0)
+    with serving(*command) as (address, _):
+        yield address
 
 
 def main() -> None:

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
+from processes import serving
 from tabulate import tabulate
 
 from isthmus import EdgeModel
@@ -34,20 +33,6 @@ from isthmus.runtime.server.batcher import LONG_RUN_ROWS
 from isthmus.runtime.server.prefix_cache import BLOCK, Prefix, PrefixCache
 
 OWN = 16  # tokens of a prompt that no other has
-
-
-@contextmanager
-def serve(folder: Path, cache: str) -> Iterator[tuple[int, str]]:
-    """A server process on one thread; its id and its address."""
-    command = [sys.executable, "-m", "isthmus.cli.main", "serve", str(folder), "--listen", "127.0.0.1:0"]
-    with subprocess.Popen(
-        [*command, "--threads", "1", "--prefix-cache", cache], stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            yield process.pid, process.stdout.readline().split(" on ")[1].split()[0]
-        finally:
-            process.terminate()
 
 
 def processor_ms(process: int) -> float:
@@ -132,7 +117,8 @@ def main() -> None:
     with ExitStack() as stack:
         servers = []
         for cache in ("0", "256MB"):
-            process, address = stack.enter_context(serve(args.bundle / "server", cache))
+            command = ("serve", args.bundle / "server", "--listen", "127.0.0.1:0", "--threads", 1)
+            address, process = stack.enter_context(serving(*command, "--prefix-cache", cache))
             servers.append((EdgeModel(args.bundle / "device", server=address, threads=1), process))
         asked = {shared: ask(*servers, shared, args.repetitions) for shared in lengths}
     engine = BackEngine(open_bundle(args.bundle / "server", "server"), 1, together=4, capacity=max(lengths) + OWN)
