@@ -10,20 +10,16 @@ sessions are journalled and made again as without exits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ...errors import LinkError, ProtocolError
-from ..segments import AbsentEmbedding, Embedding, StackSession
-from .generate import PREFILL_CHUNK, Move, StepReport, Token, total
+from .generate import Move, StepReport, Token, total
+from .unsent_text import UnsentText
 
 if TYPE_CHECKING:  # gRPC loads only where a server is used
     from .link import RemoteBack
-    from .trained_draft import DraftSession
 
 logger = logging.getLogger(__name__)
 
@@ -32,70 +28,39 @@ class ExitTokens:
     """One generation with exits; greedy, as the calibration is.
 
     Args:
-        embedding: of the tokens.
-        front: a fresh session, of at least the prompt's and ``max_new_tokens`` positions.
+        text: that is to be continued.
         back: its session is open.
-        prompt_ids: at least one.
-        draft: a fresh session.
         threshold: probability that the draft must give its token.
         alone: whether the device goes on with the draft when the server is lost.
         split: layers of the front.
         layers: of the whole model.
-        max_new_tokens: that are generated at most.
-        end_tokens: that end the text.
     """
 
     def __init__(
-        self,
-        embedding: Embedding | AbsentEmbedding,
-        front: StackSession,
-        back: RemoteBack,
-        prompt_ids: Sequence[int],
-        *,
-        draft: DraftSession,
-        threshold: float,
-        alone: bool,
-        split: int,
-        layers: int,
-        max_new_tokens: int,
-        end_tokens: Sequence[int],
+        self, text: UnsentText, back: RemoteBack, *, threshold: float, alone: bool, split: int, layers: int
     ) -> None:
-        self._embedding, self._front, self._back, self._draft = embedding, front, back, draft
+        self._text, self._back = text, back
         self._threshold, self._may_go_on = threshold, alone
         self._exit_layers, self._layers = split + 1, layers
-        self._ids = list(prompt_ids)
-        self._prompt = len(self._ids)
-        self._max_new_tokens, self._end_tokens = max_new_tokens, frozenset(end_tokens)
-        self._chunk = min(back.chunk_limit(), PREFILL_CHUNK)  # most rows of a frame
-        self._unsent: list[NDArray[np.float32]] = []  # of the last positions
-        self._waiting = 0  # their number
         self._lost = False
 
     def __iter__(self) -> Iterator[Token]:
-        """Prefill the prompt, then yield tokens until an end token (yielded too) or ``max_new_tokens``."""
-        for _ in range(self._max_new_tokens):
-            token = self._next()
-            self._ids.append(token.id)
-            yield token
-            if token.id in self._end_tokens:
-                return
+        """Prefill the prompt, then yield tokens."""
+        return self._text.until_end(self._next)
 
     def _next(self) -> Token:
-        started, busy = perf_counter(), self._front.onnxruntime_seconds
+        text = self._text
+        started, busy = perf_counter(), text.front.onnxruntime_seconds
         reports: list[StepReport] = []
-        while (first := self._front.cache.length) < len(self._ids):
-            if self._waiting == self._chunk:
+        while text.behind:
+            if text.waiting == text.chunk:
                 reports.append(self._send(sample=False))
-            ids = self._ids[first : first + self._chunk - self._waiting]
-            hidden = self._front.forward(self._embedding.rows(ids)).copy()
-            self._draft.observe(hidden)
-            self._unsent.append(hidden)
-            self._waiting += len(ids)
-        front_s, onnxruntime_s = perf_counter() - started, self._front.onnxruntime_seconds - busy
-        guess, share = self._draft.guesses(self._ids, 1)[0]
+            text.run(text.chunk - text.waiting)
+        front_s, onnxruntime_s = perf_counter() - started, text.front.onnxruntime_seconds - busy
+        guess, share = text.draft.guesses(text.ids, 1)[0]
         sure = share >= self._threshold
         source, chosen = ("exit" if sure else "local"), guess
-        if not self._lost and (not sure or len(self._ids) == self._prompt):  # the prompt need not wait for company
+        if not self._lost and (not sure or text.is_prompt):  # the prompt need not wait for company
             report = self._send(sample=not sure)
             reports.append(report)
             if not sure and not self._lost:
@@ -117,20 +82,18 @@ class ExitTokens:
 
     def _send(self, *, sample: bool) -> StepReport:
         """Send the hidden states that wait; where the server is lost and the device may, go on without it."""
-        rows, waiting = np.concatenate(self._unsent), self._waiting
-        self._unsent, self._waiting = [], 0
+        step = self._text.take()
         if self._lost:
             return StepReport()
-        position = self._front.cache.length - waiting
         started, sent_before = perf_counter(), self._back.bytes_up
         try:
-            return self._back.step(rows, position, self._ids[position : position + waiting], sample=sample)
+            return self._back.step(*step, sample=sample)
         except LinkError as error:
             if not self._may_go_on:
                 raise
-            logger.warning("%s; from token %d on the device goes on with its draft", error, len(self._ids) + 1)
+            logger.warning("%s; from token %d on the device goes on with its draft", error, len(self._text.ids) + 1)
         self._lost = True
         seconds, bytes_up = perf_counter() - started, self._back.bytes_up - sent_before
-        self._back.moves = (*self._back.moves, Move("local", len(self._ids) + 1, "", 0, bytes_up, seconds))
+        self._back.moves = (*self._back.moves, Move("local", len(self._text.ids) + 1, "", 0, bytes_up, seconds))
         self._back.close(cancel=True)
         return StepReport(bytes_up=bytes_up, wait_s=seconds)

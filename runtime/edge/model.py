@@ -34,6 +34,7 @@ from .options import DraftMode, OnServerLoss, check_exits, checked_draft, checke
 from .stream import Generation, TextStream, TokenStream
 from .timely import RESERVE_S, TimelyTokens
 from .trained_draft import TrainedDraft
+from .unsent_text import UnsentText
 
 if TYPE_CHECKING:
     from ..wire.security import ChannelSecurity
@@ -293,20 +294,21 @@ class EdgeModel:
         codec = self._levels[self._level] if controller is None else PacedCodec(self._levels, controller)
         back = self._back(codec, hand_over)
         back.open(capacity, sampling, ids if sampling.repetition_penalty != 1.0 else (), back_bypass)
-        options: Any = {
-            "layers": self.manifest.architecture.layers,
+        layers = self.manifest.architecture.layers
+        bounds: Any = {
             "max_new_tokens": max_new_tokens,
             "end_tokens": self.manifest.end_tokens if end_tokens is None else end_tokens,
         }
         drafts = None
         threshold = self._exit_threshold if exits else None
         if threshold is not None and trained is not None and (controller is None or self._verifies(back)):
-            sources: Any = (self._embedding, front, cast("RemoteBack", back), ids)
-            options |= {"draft": trained, "threshold": threshold, "split": self.manifest.split}
+            remote = cast("RemoteBack", back)
+            text = UnsentText(self._embedding, front, trained, ids, chunk_limit=remote.chunk_limit(), **bounds)
+            depths: Any = {"threshold": threshold, "split": self.manifest.split, "layers": layers}
             if controller is None:
-                tokens = iter(ExitTokens(*sources, alone=self._on_server_loss == "local", **options))
+                tokens = iter(ExitTokens(text, remote, alone=self._on_server_loss == "local", **depths))
             else:
-                tokens = iter(TimelyTokens(*sources, controller=controller, **options))
+                tokens = iter(TimelyTokens(text, remote, controller=controller, **depths))
         elif mode != "off" and hand_over is None and self._verifies(back):
             drafted = DraftedTokens(
                 self._embedding,
@@ -320,11 +322,12 @@ class EdgeModel:
                 length=self._draft_length,
                 overlap=self._overlap,
                 controller=controller,
-                **options,
+                layers=layers,
+                **bounds,
             )
             tokens, drafts = iter(drafted), drafted.counts
         else:
-            tokens = generate_tokens(self._embedding, front, back, ids, controller=controller, **options)
+            tokens = generate_tokens(self._embedding, front, back, ids, controller=controller, layers=layers, **bounds)
         if isinstance(back, MovingBack):
             tokens = back.watched(tokens)
         if bypass:

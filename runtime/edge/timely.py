@@ -14,16 +14,12 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..segments import AbsentEmbedding, Embedding, StackSession
 from .controller import Controller
-from .generate import PREFILL_CHUNK, StepReport, Token, total
+from .generate import StepReport, Token, total
+from .unsent_text import UnsentText
 
 if TYPE_CHECKING:  # gRPC loads only where a server is used
     from .link import RemoteBack
-    from .trained_draft import DraftSession
 
 RESERVE_S = 0.002  # before the deadline, in which the draft's token is handed on
 _MOST_DUE = 8  # answers; while so many are due, nothing more is asked for
@@ -42,69 +38,38 @@ class TimelyTokens:
     """One generation; greedy, as there is no other calibration.
 
     Args:
-        embedding: of the tokens.
-        front: a fresh session, of at least the prompt's and ``max_new_tokens`` positions.
+        text: that is to be continued.
         back: its session is open, and it `verifies`: several steps may be on their way.
-        prompt_ids: at least one.
-        draft: a fresh session.
         threshold: probability that the draft must give its token.
         controller: has the deadline, and learns from each answer.
         split: layers of the front.
         layers: of the whole model.
-        max_new_tokens: that are generated at most.
-        end_tokens: that end the text.
     """
 
     def __init__(
-        self,
-        embedding: Embedding | AbsentEmbedding,
-        front: StackSession,
-        back: RemoteBack,
-        prompt_ids: Sequence[int],
-        *,
-        draft: DraftSession,
-        threshold: float,
-        controller: Controller,
-        split: int,
-        layers: int,
-        max_new_tokens: int,
-        end_tokens: Sequence[int],
+        self, text: UnsentText, back: RemoteBack, *, threshold: float, controller: Controller, split: int, layers: int
     ) -> None:
-        self._embedding, self._front, self._back, self._draft = embedding, front, back, draft
+        self._text, self._back = text, back
         self._threshold, self._controller = threshold, controller
         self._exit_layers, self._layers = split + 1, layers
-        self._ids = list(prompt_ids)
-        self._prompt = len(self._ids)
-        self._max_new_tokens, self._end_tokens = max_new_tokens, frozenset(end_tokens)
-        self._chunk = min(back.chunk_limit(), PREFILL_CHUNK)  # most rows of a frame
-        self._unsent: list[NDArray[np.float32]] = []  # of the last positions
-        self._waiting = 0  # their number
         self._due: deque[_Question] = deque()
 
     def __iter__(self) -> Iterator[Token]:
-        """Prefill the prompt, then yield tokens until an end token (yielded too) or ``max_new_tokens``."""
-        for _ in range(self._max_new_tokens):
-            token = self._next()
-            self._ids.append(token.id)
-            yield token
-            if token.id in self._end_tokens:
-                return
+        """Prefill the prompt, then yield tokens."""
+        return self._text.until_end(self._next)
 
     def _next(self) -> Token:
-        started, busy = perf_counter(), self._front.onnxruntime_seconds
+        text = self._text
+        started, busy = perf_counter(), text.front.onnxruntime_seconds
         reports = [StepReport()]
-        while (first := self._front.cache.length) < len(self._ids):
-            if self._waiting == self._chunk:  # of the prompt: later rows are sent before they are so many
-                rows, position, ids = self._take_unsent()
-                reports.append(self._back.step(rows, position, ids, sample=False))
-            hidden = self._front.forward(self._embedding.rows(self._ids[first : first + self._chunk])).copy()
-            self._draft.observe(hidden)
-            self._unsent.append(hidden)
-            self._waiting += len(hidden)
-        front_s, onnxruntime_s = perf_counter() - started, self._front.onnxruntime_seconds - busy
-        guess, share = self._draft.guesses(self._ids, 1)[0]
-        prompt = len(self._ids) == self._prompt
-        may_exit = not prompt and share >= self._threshold and self._waiting < self._chunk
+        while text.behind:
+            if text.waiting == text.chunk:  # of the prompt: later rows are sent before they are so many
+                reports.append(self._back.step(*text.take(), sample=False))
+            text.run(text.chunk)
+        front_s, onnxruntime_s = perf_counter() - started, text.front.onnxruntime_seconds - busy
+        guess, share = text.draft.guesses(text.ids, 1)[0]
+        prompt = text.is_prompt
+        may_exit = not prompt and share >= self._threshold and text.waiting < text.chunk
         level = self._controller.level
         token, asked = None, False
         while token is None:
@@ -135,16 +100,9 @@ class TimelyTokens:
 
     def _ask(self, started: float, prompt: bool) -> None:
         """Send what was not sent yet, and ask for the token after it."""
-        waiting, level = self._waiting, self._controller.level
-        self._back.submit(*self._take_unsent())
+        waiting, level = self._text.waiting, self._controller.level
+        self._back.submit(*self._text.take())
         self._due.append(_Question(waiting, level, perf_counter() - started, prompt))
-
-    def _take_unsent(self) -> tuple[NDArray[np.float32], int, list[int]]:
-        """The hidden states that were not sent yet, the first one's position, and their tokens."""
-        rows, waiting = np.concatenate(self._unsent), self._waiting
-        self._unsent, self._waiting = [], 0
-        position = self._front.cache.length - waiting
-        return rows, position, self._ids[position : position + waiting]
 
     def _take_answer(self, reports: Sequence[StepReport]) -> tuple[int, StepReport]:
         """Wait for the token that was asked for first, and tell the controller what it took."""

@@ -21,6 +21,7 @@ from isthmus.runtime.edge.link import RemoteBack
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.edge.stream import Generation
 from isthmus.runtime.edge.timely import RESERVE_S, TimelyTokens
+from isthmus.runtime.edge.unsent_text import UnsentText
 from isthmus.runtime.edge.verification import Answer
 from isthmus.runtime.exit_measurement import ExitText, measure_exits
 from isthmus.runtime.exits import ExitCurve
@@ -56,20 +57,11 @@ class Simulation:
     def tokens(self, count: int, threshold: float = 0.0) -> list[Token]:
         """Generate so many."""
         fake: Any = self
-        made = TimelyTokens(
-            SimpleNamespace(rows=np.array),  # type: ignore[arg-type]
-            fake,
-            fake,
-            [1] * 20,
-            draft=fake,
-            threshold=threshold,
-            controller=self.controller,
-            split=1,
-            layers=2,
-            max_new_tokens=count,
-            end_tokens=(),
+        embedding: Any = SimpleNamespace(rows=np.array)
+        text = UnsentText(
+            embedding, fake, fake, [1] * 20, chunk_limit=self.chunk_limit(), max_new_tokens=count, end_tokens=()
         )
-        return list(made)
+        return list(TimelyTokens(text, fake, threshold=threshold, controller=self.controller, split=1, layers=2))
 
     # The front and the draft.
 
