@@ -287,11 +287,14 @@ class _Influence:
 
     def kl(self, head: Callable[[Hidden], Hidden], hidden: Hidden) -> dict[str, float]:
         """Mean KL divergence by each inner block; ``hidden`` is behind the last block where none was left out."""
-        expected = log_softmax(head(hidden[:INFLUENCE_TOKENS]))
-        return {
-            name: float((np.exp(expected) * (expected - log_softmax(head(without)))).sum(1).mean())
-            for name, without in self._without.items()
-        }
+        tokens = min(INFLUENCE_TOKENS, len(hidden))
+        sums = dict.fromkeys(self._without, 0.0)
+        for first in range(0, tokens, HEAD_ROWS):
+            rows = slice(first, min(first + HEAD_ROWS, tokens))
+            expected = log_softmax(head(hidden[rows]))
+            for name, without in self._without.items():
+                sums[name] += float((np.exp(expected) * (expected - log_softmax(head(without[rows])))).sum())
+        return {name: total / tokens for name, total in sums.items()}
 
 
 class _Totals:

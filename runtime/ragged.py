@@ -109,7 +109,7 @@ class RaggedStack:
         return sum(graph.seconds for _, graph in self._blocks)
 
     def session(self, capacity: int, bypass: Bypass = NO_BYPASS) -> RaggedSession:
-        """A session of at most ``capacity`` positions."""
+        """A session of at most ``capacity`` positions, some of which leave blocks out."""
         cache = self.pool.take(capacity)
         cache.bypass = bypass
         return RaggedSession(self, cache, self._d_model)

@@ -196,7 +196,7 @@ class LayerStack:
         self.layers = range(segments[0].first_layer, segments[-1].last_layer) if segments else range(0)
 
     def session(self, capacity: int, bypass: Bypass = NO_BYPASS) -> StackSession:
-        """A session of at most ``capacity`` positions, its KV cache allocated."""
+        """A session of at most ``capacity`` positions, some of which leave blocks out; its KV cache is allocated."""
         cache = KVCache(self.layers, self.kv, capacity)
         cache.bypass = bypass
         return StackSession(self, cache)

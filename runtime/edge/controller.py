@@ -12,7 +12,7 @@ clearly faster, or late ones rarer. It goes up only after a finer one was predic
 and if that soon proves wrong, it waits twice as long the next time: it does not oscillate.
 
 Drafts give way after the level: at the level that was chosen, so many frames may follow one as the link carries before
-the next is due, or later if the deadline allows. What is left is the device's exit, see `isthmus.runtime.edge.exiting`.
+the next is due, or later if the deadline allows. What is left is the device's exit, see `isthmus.runtime.edge.timely`.
 """
 
 from __future__ import annotations
