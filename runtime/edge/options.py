@@ -87,7 +87,11 @@ def exit_threshold(agreement: float, bundle: Bundle, draft: Draft | None, *, dea
     Raises:
         RequestError: there is no draft or no calibration of it, or it cannot promise that.
     """
-    if draft is not None and agreement == 0 and deadline:
+    if agreement == 0 and not deadline:
+        raise RequestError(
+            "exit agreement 0: must lie between 0 and 1, as 0.95 does; only with a deadline it may promise nothing"
+        )
+    if draft is not None and agreement == 0:
         return 0.0
     if draft is None or draft.record.exits is None:
         missing = (
