@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,6 +211,22 @@ def make_server(engine: FakeEngine, user_config: Path) -> Iterator[Callable[...,
     for server in servers:
         server.stop(0.2)
     assert engine.sessions == [], "a session outlived its server"
+
+
+@pytest.fixture
+def serve(user_config: Path) -> Iterator[Callable[..., BackServer]]:
+    """Start servers of bundles' server halves; keyword arguments are limits."""
+    servers = []
+
+    def start(folder: Path, security: ServerSecurity | None = None, **limits: Any) -> BackServer:
+        server = BackServer.from_bundle(folder / "server", threads=1, security=security, limits=ServerLimits(**limits))
+        server.start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.stop(0.2)
 
 
 @pytest.fixture

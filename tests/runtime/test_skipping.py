@@ -21,7 +21,6 @@ from isthmus.runtime.segments import Embedding, LayerStack
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.skipping import SkipSchedule, bypass_order, running_layers
 from isthmus.runtime.wire import framing
-from isthmus.runtime.wire.security import ChannelSecurity, ServerSecurity
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 NEW = 24
@@ -170,24 +169,8 @@ def test_the_whole_model_on_the_device_leaves_out_what_the_schedule_says(tiny: A
     assert logits.argmax(1).tolist() == ids
 
 
-@pytest.fixture
-def serve() -> Any:
-    """Serves bundles; what it has opened ends with the test."""
-    servers: list[BackServer] = []
-
-    def start(folder: Path) -> BackServer:
-        servers.append(BackServer.from_bundle(folder / "server", security=ServerSecurity(insecure=True), threads=1))
-        servers[-1].start()
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
-
-
 def edge(folder: Path, server: BackServer, **options: Any) -> EdgeModel:
-    security = ChannelSecurity(insecure=True)
-    return EdgeModel(folder / "device", server=server.address, security=security, codec="raw32", **options)
+    return EdgeModel(folder / "device", server=server.address, codec="raw32", **options)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=5)])
@@ -205,11 +188,8 @@ def test_split_and_drafted_tokens_are_those_of_the_whole_model(
 def test_a_session_that_is_made_again_leaves_out_the_same(tiny: Any, serve: Callable[[Path], BackServer]) -> None:
     folder = small_blocks(tiny)
     first, second = serve(folder), serve(folder)
-    security = ChannelSecurity(insecure=True)
     addresses = f"{first.address},{second.address}"
-    model = EdgeModel(
-        folder / "device", server=addresses, security=security, codec="raw32", draft="off", skip_schedule=SCHEDULE
-    )
+    model = EdgeModel(folder / "device", server=addresses, codec="raw32", draft="off", skip_schedule=SCHEDULE)
     stream = model.tokens(PROMPT, max_new_tokens=NEW, end_tokens=())
     tokens = []
     for token in stream:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -340,21 +340,6 @@ def folder(tiny: Any) -> Path:
     return Path(tiny.bundle(bits=8, split=2, layers_per_block=1))
 
 
-@pytest.fixture
-def serve(folder: Path, user_config: Path) -> Iterator[Callable[..., BackServer]]:
-    servers = []
-
-    def start(security: ServerSecurity | None = None, **limits: Any) -> BackServer:
-        server = BackServer.from_bundle(folder / "server", threads=1, security=security, limits=ServerLimits(**limits))
-        server.start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.stop(0.2)
-
-
 def generate(folder: Path, server: BackServer, prompt: list[int], **options: Any) -> list[int]:
     options = {"codec": "raw32", "threads": 1, "draft": "off"} | options
     model = EdgeModel(folder / "device", server=server.address, **options)
@@ -371,7 +356,7 @@ PROMPT = np.random.default_rng(3).integers(1, 256, 150).tolist()
 def test_a_prompt_that_comes_again_is_not_computed_again(
     folder: Path, serve: Callable[..., BackServer], draft: str
 ) -> None:
-    server, plain = serve(), serve(prefix_cache_bytes=0)
+    server, plain = serve(folder), serve(folder, prefix_cache_bytes=0)
     expected = generate(folder, plain, PROMPT)
     assert plain.prefixes is not None
     assert server.prefixes is not None
@@ -394,7 +379,7 @@ def test_devices_meet_only_where_the_server_lets_them(
 ) -> None:
     file = tmp_path / "tokens"
     securities = [ChannelSecurity(insecure=True, token=issue_token(file, name)) for name in ("kitchen", "phone")]
-    server = serve(ServerSecurity(insecure=True, tokens=file), prefixes_shared=shared)
+    server = serve(folder, ServerSecurity(insecure=True, tokens=file), prefixes_shared=shared)
     assert server.prefixes is not None
     for security in securities:
         generate(folder, server, PROMPT, security=security)
@@ -408,7 +393,7 @@ def test_what_left_blocks_out_is_not_for_those_that_do_not(
 ) -> None:
     """The device leaves nothing out: its hidden states are equal."""
     monkeypatch.setattr("isthmus.runtime.edge.model.bypass_order", lambda manifest: [range(2, 3)])
-    server, plain = serve(), serve(prefix_cache_bytes=0)
+    server, plain = serve(folder), serve(folder, prefix_cache_bytes=0)
     skipping = {"skip_schedule": SkipSchedule(4, 3, 1)}
     answer = generate(folder, server, PROMPT, **skipping)
     assert answer == generate(folder, plain, PROMPT, **skipping)
@@ -419,7 +404,7 @@ def test_what_left_blocks_out_is_not_for_those_that_do_not(
 
 
 def test_another_codec_s_states_are_others(folder: Path, serve: Callable[..., BackServer]) -> None:
-    server = serve()
+    server = serve(folder)
     assert server.prefixes is not None
     exact = generate(folder, server, PROMPT)
     generate(folder, server, PROMPT, codec="raw16")

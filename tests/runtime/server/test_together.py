@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,26 +13,9 @@ from isthmus.errors import RequestError
 from isthmus.runtime.edge.load import load_test
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.sampling import Sampling
-from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.server import BackServer
 
 NEW_TOKENS = 24
-
-
-@pytest.fixture
-def serve(user_config: Path) -> Iterator[Callable[..., BackServer]]:
-    """Serve the server half of a bundle; keyword arguments are limits."""
-    servers = []
-
-    def start(folder: Path, **limits: Any) -> BackServer:
-        server = BackServer.from_bundle(folder / "server", threads=1, limits=ServerLimits(**limits))
-        server.start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.stop(0.2)
 
 
 def batch_sizes(server: BackServer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
