@@ -7,7 +7,6 @@ import hashlib
 import os
 import platform
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -96,15 +95,11 @@ class Graph:
         model: its file, or the bytes of one that needs no other file.
         threads: at least 1.
 
-    Attributes:
-        seconds: time spent inside onnxruntime by `run_bound`, summed over calls.
-
     Raises:
         BundleError: onnxruntime cannot open it.
     """
 
     def __init__(self, model: Path | bytes, threads: int) -> None:
-        self.seconds = 0.0
         if threads < 1:
             raise RequestError(f"threads={threads}: must be at least 1")
         _share_arena()
@@ -127,9 +122,7 @@ class Graph:
 
     def run_bound(self, binding: ort.IOBinding) -> None:
         """Run once over bound memory."""
-        started = perf_counter()
         self.session.run_with_iobinding(binding)
-        self.seconds += perf_counter() - started
 
     def run(self, inputs: dict[str, NDArray[Any]], output: str) -> NDArray[np.float32]:
         """Run once over NumPy arrays and return one output."""

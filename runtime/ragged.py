@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,9 @@ class RaggedStack:
         capacity: most positions of a session.
         slots: most sessions.
 
+    Attributes:
+        onnxruntime_seconds: time spent in onnxruntime so far.
+
     Raises:
         OSError: the system does not grant the caches' address space; no weights were read.
     """
@@ -101,12 +105,9 @@ class RaggedStack:
         self.pool = KVPool(layers, bundle.kv, capacity, slots)
         self._blocks = [(segment, Graph(bundle.path(segment.ragged_graph_file), threads)) for segment in segments]
         self._starts = [segment.first_layer for segment in segments]
+        self._all_blocks = tuple(range(len(segments)))
         self._lanes: OrderedDict[_Shape, _Lane] = OrderedDict()
-
-    @property
-    def onnxruntime_seconds(self) -> float:
-        """Time spent in onnxruntime so far."""
-        return sum(graph.seconds for _, graph in self._blocks)
+        self.onnxruntime_seconds = 0.0
 
     def session(self, capacity: int, bypass: Bypass = NO_BYPASS) -> RaggedSession:
         """A session of at most ``capacity`` positions, some of which leave blocks out."""
@@ -137,29 +138,33 @@ class RaggedStack:
                 raise RequestError(
                     f"{cache.length} positions and {len(hidden)} more: this session was opened for {cache.capacity}"
                 )
+        if not any(cache.bypass for cache, _ in parts):
+            outputs = self._run(parts, self._all_blocks)
+            for cache, hidden in parts:
+                cache.length += len(hidden)
+            return outputs
         cuts = [list(stretches(cache.bypass, cache.length, len(hidden))) for cache, hidden in parts]
         if max(map(len, cuts)) == 1:
             return self._advance(parts)
-        outputs: list[list[NDArray[np.float32]]] = [[] for _ in parts]
+        stretched: list[list[NDArray[np.float32]]] = [[] for _ in parts]
         before = [cache.length for cache, _ in parts]
         try:
             for turn in range(max(map(len, cuts))):
                 due = [at for at, rows in enumerate(cuts) if turn < len(rows)]
                 rows = self._advance([(parts[at][0], parts[at][1][cuts[at][turn]]) for at in due])
                 for at, part in zip(due, rows, strict=True):
-                    outputs[at].append(part.copy())
+                    stretched[at].append(part.copy())
         except BaseException:
             for (cache, _), length in zip(parts, before, strict=True):
                 cache.truncate(length)
             raise
-        return [np.concatenate(several) for several in outputs]
+        return [np.concatenate(several) for several in stretched]
 
     def _advance(self, parts: Sequence[Part]) -> list[NDArray[np.float32]]:
         """Run rows each of which goes through the same blocks as the others of its part."""
         runs = [set(running_blocks(cache.bypass, self._starts, cache.length)) for cache, _ in parts]
         rows = [hidden for _, hidden in parts]
-        blocks = range(len(self._blocks))
-        for together, some in groupby(blocks, lambda block: [at for at, own in enumerate(runs) if block in own]):
+        for together, some in groupby(self._all_blocks, lambda block: [at for at, own in enumerate(runs) if block in own]):
             if together:
                 outputs = self._run([(parts[at][0], rows[at]) for at in together], tuple(some))
                 for at, output in zip(together, outputs, strict=True):
@@ -184,8 +189,10 @@ class RaggedStack:
             seqlens[slot - first] = cache.length + count
         lane.seqlens_k[:] = seqlens
         lane.total_sequence_length[...] = max(seqlens) + 1
+        started = perf_counter()
         for graph, binding in lane.runs:
             graph.run_bound(binding)
+        self.onnxruntime_seconds += perf_counter() - started
         output = lane.hidden[len(lane.runs) % 2][0]
         return [output[end - count : end] for count, end in zip(counts, ends, strict=True)]
 

@@ -229,8 +229,8 @@ def read_bypass(wire: Sequence[pb.Bypass], manifest: Manifest) -> Bypass:
 def step_crc(step: int, position: int, tokens: int, sample: bool, payload: bytes, drafted: Sequence[int] = ()) -> int:
     """CRC32C of a step's header, payload and drafts, so that no field is believed that a flipped bit has changed."""
     header = google_crc32c.value(_STEP_HEADER.pack(step, position, tokens, sample))
-    crc = google_crc32c.extend(header, payload)
-    return int(google_crc32c.extend(crc, struct.pack(f"<{len(drafted)}I", *drafted)))
+    crc = int(google_crc32c.extend(header, payload))
+    return int(google_crc32c.extend(crc, struct.pack(f"<{len(drafted)}I", *drafted))) if drafted else crc
 
 
 def step_message(
