@@ -20,16 +20,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quant.klt import KLTLevel, KLTTables
+from ..quant.klt import GAIN_BITS, KLTLevel, KLTTables
 from ..quant.trellis import MAX_VALUE, Floats, TrellisTables
 from .progress import Progress
 
-BITS = (3.5, 2.6, 1.75, 1.4, 1.12, 0.87, 0.68)  # per element of the hidden state, by level
+BITS = (3.5, 2.6, 1.75, 1.4, 1.1, 0.87, 0.68)  # per element of the hidden state, by level
 _DAMPING = 0.05  # of the mean sensitivity
 _RIDGE = 1000.0  # in tokens, for standardized features
 _MASSIVE = 6.0  # times the median norm: attention sinks, which are sent raw and would spoil every mean
 _BEYOND = 1.5  # times the largest norm of coefficients seen
-_CLASSES_PER_OCTAVE, _FINEST_CLASS, _COARSEST_CLASS = 4, -6, 24  # of a coefficient's deviation in steps
+_CLASSES_PER_OCTAVE, _FINEST_CLASS, _COARSEST_CLASS = 4, -6, 24  # of a coefficient's deviation in steps; as
+# `TrellisTables.contexts` counts, for rows of a middling gain
 _FIT_ROWS = 8192
 _STEP_SEARCHES = 4
 _CLIP = 8.0  # deviations that a prediction may be from the mean; rare tokens have absurd isolated states
@@ -166,8 +167,9 @@ def _fit_level(rows: Floats, deviations: Floats, bits: float, limit: float) -> K
 def _level_at(rows: Floats, deviations: Floats, step: float) -> KLTLevel:
     classes = np.rint(_CLASSES_PER_OCTAVE * np.log2(np.maximum(deviations / step, 1e-9)))
     width = max(int(np.count_nonzero(classes > _FINEST_CLASS)), 1)
-    _, contexts = np.unique(np.clip(classes[:width], _FINEST_CLASS, _COARSEST_CLASS), return_inverse=True)
+    contexts = np.clip(classes[:width], _FINEST_CLASS, _COARSEST_CLASS) - _FINEST_CLASS
     values = np.ascontiguousarray(rows[:, :width] / np.float32(step))
     tables = TrellisTables.fit(values, contexts.astype(np.uint8))
-    coded = len(tables.encode(tables.quantize(values), 0))
-    return KLTLevel(step, 8 * coded / rows.size, tables)
+    gains = tables.gains(values)
+    bits = 8 * len(tables.encode(tables.quantize(values, gains), gains, 0)) + GAIN_BITS * len(rows)
+    return KLTLevel(step, bits / rows.size, tables)

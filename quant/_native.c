@@ -41,6 +41,8 @@ typedef int16_t SixteenShort __attribute__((vector_size(32)));
 #define PRECISION 14 /* frequencies of a table sum to 2 ** PRECISION */
 #define LOW (1u << 23) /* the coder's state stays at or above it, once it was */
 #define MAX_ESCAPE_BITS 20
+#define GAINS 16 /* of rows; a gain adds to the contexts */
+#define ORIGIN 14 /* context and gain of numbers that deviate by one step */
 #define AHEAD 16 /* rows of a matrix that are asked for before their turn */
 #define ROWS_AT_ONCE 8 /* of a product: at d_model 576 they and four rows of the matrix fit the first cache */
 
@@ -54,6 +56,8 @@ typedef struct {
     const uint16_t *cumulative; /* [tables, quantizers, SYMBOLS + 1] */
     Py_ssize_t width, tables;
     int quantizers; /* 2 along the trellis, 1 without: then an index is a plain integer */
+    const uint8_t *gains; /* [rows], or NULL without the trellis */
+    int gain; /* of the row in hand */
 } Model;
 
 static int read_model(Model *model, const Py_buffer *contexts, const Py_buffer *cumulative, int quantizers) {
@@ -63,6 +67,8 @@ static int read_model(Model *model, const Py_buffer *contexts, const Py_buffer *
     model->width = contexts->len;
     model->tables = cumulative->len / table;
     model->quantizers = quantizers;
+    model->gains = NULL;
+    model->gain = 0;
     if (cumulative->len % table || !model->width) {
         PyErr_SetString(PyExc_ValueError, "malformed tables");
         return -1;
@@ -85,9 +91,50 @@ static int read_model(Model *model, const Py_buffer *contexts, const Py_buffer *
     return 0;
 }
 
-static const uint16_t *table_of(const Model *model, Py_ssize_t component, int state) {
+/* Have rows use the tables of their gains; with none, that is without the trellis, those of their contexts. */
+static int read_gains(Model *model, const Py_buffer *gains, Py_ssize_t rows) {
+    int largest = 0;
+    for (Py_ssize_t i = 0; i < model->width; i++)
+        largest = model->contexts[i] > largest ? model->contexts[i] : largest;
+    int valid = model->quantizers == 1 ? gains->len == 0 : gains->len == rows;
+    for (Py_ssize_t row = 0; valid && row < gains->len; row++)
+        valid = ((const uint8_t *)gains->buf)[row] < GAINS;
+    if (!valid || (model->quantizers == 2 && largest + GAINS > model->tables)) {
+        PyErr_SetString(PyExc_ValueError, "gains that do not fit the rows, or without tables");
+        return -1;
+    }
+    model->gains = model->quantizers == 2 ? gains->buf : NULL;
+    return 0;
+}
+
+static Model of_row(const Model *model, Py_ssize_t row) {
+    Model result = *model;
+    result.gain = model->gains ? model->gains[row] : 0;
+    return result;
+}
+
+/* How far a row's numbers spread: their mean square, each by what its context stands for. A context more, or a gain
+   more, is a quarter of an octave. */
+static int gain_of(const float *values, const Model *model) {
+    double sum = 0;
+    for (Py_ssize_t i = 0; i < model->width; i++) {
+        const int context = model->contexts[i];
+        sum += ldexp((double)values[i] * values[i] * (context & 1 ? 0.70710678118654752 : 1.0), -(context >> 1));
+    }
+    const double mean = sum / (double)model->width;
+    if (!(mean > 1e-9))
+        return 0;
+    const double gain = rint(2 * log2(mean)) + ORIGIN;
+    return gain < 0 ? 0 : gain > GAINS - 1 ? GAINS - 1 : (int)gain;
+}
+
+static Py_ssize_t table_number(const Model *model, Py_ssize_t component, int state) {
     const int quantizer = model->quantizers == 2 ? QUANTIZER[state] : 0;
-    return model->cumulative + (model->quantizers * model->contexts[component] + quantizer) * (SYMBOLS + 1);
+    return model->quantizers * (model->contexts[component] + model->gain) + quantizer;
+}
+
+static const uint16_t *table_of(const Model *model, Py_ssize_t component, int state) {
+    return model->cumulative + table_number(model, component, state) * (SYMBOLS + 1);
 }
 
 /* Points of a quantizer, in steps: even multiples, or zero and the odd ones. */
@@ -156,7 +203,7 @@ VECTORIZED static void search_row(const float *values, const Model *model, const
     const EightBits parity = {0, -1, -1, 0, -1, 0, 0, -1}; /* PARITY */
     Eight best = {0, never, never, never, never, never, never, never};
     for (Py_ssize_t i = 0; i < model->width; i++) {
-        const Py_ssize_t table = 2 * model->contexts[i] * SYMBOLS;
+        const Py_ssize_t table = 2 * (model->contexts[i] + model->gain) * SYMBOLS;
         const Choice d = choose(values[i], 0, points + table, costs + table, bit),
                      e = choose(values[i], 1, points + table + SYMBOLS, costs + table + SYMBOLS, bit);
         const int32_t d_odd = d.index & 1, e_odd = e.index & 1;
@@ -193,9 +240,11 @@ static int search_rows(const float *values, Py_ssize_t rows, const Model *model,
     int32_t(*picked)[2][2] = malloc(width * sizeof *picked);
     const int there = room && picked;
     if (there)
-        for (Py_ssize_t row = 0; row < rows; row++)
-            search_row(values + row * model->width, model, points, costs, bit, indices + row * model->width, paths,
+        for (Py_ssize_t row = 0; row < rows; row++) {
+            const Model of = of_row(model, row);
+            search_row(values + row * model->width, &of, points, costs, bit, indices + row * model->width, paths,
                        picked);
+        }
     free(room);
     free(picked);
     return there ? 0 : -1;
@@ -207,9 +256,10 @@ static int fits(const Model *model, const Py_buffer *array) {
 }
 
 static PyObject *quantize(PyObject *module, PyObject *args) {
-    Py_buffer values, contexts, cumulative, points, costs, indices;
+    Py_buffer values, contexts, cumulative, gains, points, costs, indices;
     float bit;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*y*fw*", &values, &contexts, &cumulative, &points, &costs, &bit, &indices))
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*y*fw*", &values, &contexts, &cumulative, &gains, &points, &costs, &bit,
+                          &indices))
         return NULL;
     PyObject *result = NULL;
     Model model;
@@ -218,6 +268,8 @@ static PyObject *quantize(PyObject *module, PyObject *args) {
         if (values.len != rows * model.width * (Py_ssize_t)sizeof(float) || indices.len != values.len ||
             !fits(&model, &points) || !fits(&model, &costs))
             PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
+        else if (read_gains(&model, &gains, rows) < 0)
+            ; /* the error is set */
         else if (search_rows(values.buf, rows, &model, points.buf, costs.buf, bit, indices.buf) < 0)
             PyErr_NoMemory();
         else
@@ -226,6 +278,7 @@ static PyObject *quantize(PyObject *module, PyObject *args) {
     PyBuffer_Release(&values);
     PyBuffer_Release(&contexts);
     PyBuffer_Release(&cumulative);
+    PyBuffer_Release(&gains);
     PyBuffer_Release(&points);
     PyBuffer_Release(&costs);
     PyBuffer_Release(&indices);
@@ -285,13 +338,14 @@ static Py_ssize_t put_rows(const int32_t *indices, Py_ssize_t rows, const Model 
     int failed = 0;
     for (Py_ssize_t row = rows; row-- > 0 && !failed;) {
         const int32_t *index = indices + row * model->width;
+        const Model of = of_row(model, row);
         int state = 0;
         for (Py_ssize_t i = 0; i < model->width; i++) {
             states[i] = (uint8_t)state;
             state = NEXT[state][index[i] & 1];
         }
         for (Py_ssize_t i = model->width; i-- > 0 && !failed;)
-            failed = put_index(&encoder, table_of(model, i, states[i]), index[i]);
+            failed = put_index(&encoder, table_of(&of, i, states[i]), index[i]);
     }
     for (; encoder.state && !failed; encoder.state >>= 8) {
         failed = encoder.at == encoder.start;
@@ -314,10 +368,10 @@ static PyObject *offset_in_output(Py_ssize_t start) {
 }
 
 static PyObject *encode(PyObject *module, PyObject *args) {
-    Py_buffer indices, contexts, cumulative, output;
+    Py_buffer indices, contexts, cumulative, gains, output;
     unsigned int seed;
     int trellis;
-    if (!PyArg_ParseTuple(args, "y*y*y*Iw*p", &indices, &contexts, &cumulative, &seed, &output, &trellis))
+    if (!PyArg_ParseTuple(args, "y*y*y*y*Iw*p", &indices, &contexts, &cumulative, &gains, &seed, &output, &trellis))
         return NULL;
     PyObject *result = NULL;
     Model model;
@@ -325,12 +379,13 @@ static PyObject *encode(PyObject *module, PyObject *args) {
         const Py_ssize_t rows = indices.len / (Py_ssize_t)sizeof(int32_t) / model.width;
         if (indices.len != rows * model.width * (Py_ssize_t)sizeof(int32_t) || seed >= LOW) {
             PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
-        } else
+        } else if (read_gains(&model, &gains, rows) == 0)
             result = offset_in_output(put_rows(indices.buf, rows, &model, seed, &output));
     }
     PyBuffer_Release(&indices);
     PyBuffer_Release(&contexts);
     PyBuffer_Release(&cumulative);
+    PyBuffer_Release(&gains);
     PyBuffer_Release(&output);
     return result;
 }
@@ -375,9 +430,9 @@ static int take_index(Decoder *decoder, const uint16_t *table, int32_t *index) {
 }
 
 static PyObject *decode(PyObject *module, PyObject *args) {
-    Py_buffer payload, contexts, cumulative, points, values;
+    Py_buffer payload, contexts, cumulative, gains, points, values;
     int trellis;
-    if (!PyArg_ParseTuple(args, "y*y*y*y*w*p", &payload, &contexts, &cumulative, &points, &values, &trellis))
+    if (!PyArg_ParseTuple(args, "y*y*y*y*y*w*p", &payload, &contexts, &cumulative, &gains, &points, &values, &trellis))
         return NULL;
     PyObject *result = NULL;
     Model model;
@@ -387,17 +442,18 @@ static PyObject *decode(PyObject *module, PyObject *args) {
         if (values.len != rows * model.width * (Py_ssize_t)sizeof(float) ||
             (trellis ? !fits(&model, &points) : points.len != 0)) {
             PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
-        } else {
+        } else if (read_gains(&model, &gains, rows) == 0) {
             Decoder decoder = {0, payload.buf, (const uint8_t *)payload.buf + payload.len};
             while (decoder.state < LOW && decoder.at < decoder.end)
                 decoder.state = decoder.state << 8 | *decoder.at++;
             int failed = 0;
             for (Py_ssize_t row = 0; row < rows && !failed; row++) {
+                const Model of = of_row(&model, row);
                 int state = 0;
                 for (Py_ssize_t i = 0; i < model.width && !failed; i++) {
                     int32_t index = 0;
-                    failed = take_index(&decoder, table_of(&model, i, state), &index);
-                    const Py_ssize_t table = 2 * model.contexts[i] + QUANTIZER[state];
+                    failed = take_index(&decoder, table_of(&of, i, state), &index);
+                    const Py_ssize_t table = table_number(&of, i, state);
                     all[row * model.width + i] =
                         trellis ? reconstruct((const float *)points.buf + table * SYMBOLS, QUANTIZER[state], index)
                                 : (float)index;
@@ -411,6 +467,7 @@ static PyObject *decode(PyObject *module, PyObject *args) {
     PyBuffer_Release(&payload);
     PyBuffer_Release(&contexts);
     PyBuffer_Release(&cumulative);
+    PyBuffer_Release(&gains);
     PyBuffer_Release(&points);
     PyBuffer_Release(&values);
     return result;
@@ -418,24 +475,27 @@ static PyObject *decode(PyObject *module, PyObject *args) {
 
 /* How often each symbol occurs in each table, and the sum of what its values are off its points, for `offsets`. */
 static PyObject *count(PyObject *module, PyObject *args) {
-    Py_buffer values, indices, contexts, counts, sums;
-    if (!PyArg_ParseTuple(args, "y*y*y*w*w*", &values, &indices, &contexts, &counts, &sums))
+    Py_buffer values, indices, contexts, gains, counts, sums;
+    if (!PyArg_ParseTuple(args, "y*y*y*y*w*w*", &values, &indices, &contexts, &gains, &counts, &sums))
         return NULL;
     PyObject *result = NULL;
     const Py_ssize_t width = contexts.len, tables = counts.len / (2 * SYMBOLS * (Py_ssize_t)sizeof(int64_t));
     const Py_ssize_t rows = width ? indices.len / (Py_ssize_t)sizeof(int32_t) / width : 0;
     int valid = values.len == indices.len && indices.len == rows * width * (Py_ssize_t)sizeof(int32_t) &&
-                counts.len == tables * 2 * SYMBOLS * (Py_ssize_t)sizeof(int64_t) &&
+                counts.len == tables * 2 * SYMBOLS * (Py_ssize_t)sizeof(int64_t) && gains.len == rows &&
                 sums.len == tables * 2 * (SYMBOLS - 1) * (Py_ssize_t)sizeof(double);
     for (Py_ssize_t i = 0; i < width; i++)
-        valid &= ((const uint8_t *)contexts.buf)[i] < tables;
+        valid &= ((const uint8_t *)contexts.buf)[i] + GAINS <= tables;
+    for (Py_ssize_t row = 0; valid && row < rows; row++)
+        valid = ((const uint8_t *)gains.buf)[row] < GAINS;
     if (!valid) {
         PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
     } else {
         for (Py_ssize_t row = 0; row < rows; row++) {
             int state = 0;
             for (Py_ssize_t i = 0; i < width; i++) {
-                const Py_ssize_t table = 2 * ((const uint8_t *)contexts.buf)[i] + QUANTIZER[state];
+                const int context = ((const uint8_t *)contexts.buf)[i] + ((const uint8_t *)gains.buf)[row];
+                const Py_ssize_t table = 2 * context + QUANTIZER[state];
                 const int32_t index = ((const int32_t *)indices.buf)[row * width + i];
                 const int escaped = index < -LIMIT || index > LIMIT;
                 ((int64_t *)counts.buf)[table * SYMBOLS + (escaped ? ESCAPE : index + LIMIT)]++;
@@ -450,8 +510,28 @@ static PyObject *count(PyObject *module, PyObject *args) {
     PyBuffer_Release(&values);
     PyBuffer_Release(&indices);
     PyBuffer_Release(&contexts);
+    PyBuffer_Release(&gains);
     PyBuffer_Release(&counts);
     PyBuffer_Release(&sums);
+    return result;
+}
+
+static PyObject *gains(PyObject *module, PyObject *args) {
+    Py_buffer values, contexts, found;
+    if (!PyArg_ParseTuple(args, "y*y*w*", &values, &contexts, &found))
+        return NULL;
+    PyObject *result = NULL;
+    const Model model = {.contexts = contexts.buf, .width = contexts.len};
+    if (!model.width || values.len != found.len * model.width * (Py_ssize_t)sizeof(float)) {
+        PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
+    } else {
+        for (Py_ssize_t row = 0; row < found.len; row++)
+            ((uint8_t *)found.buf)[row] = (uint8_t)gain_of((const float *)values.buf + row * model.width, &model);
+        result = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&contexts);
+    PyBuffer_Release(&found);
     return result;
 }
 
@@ -562,20 +642,23 @@ static void transform(const float *inputs, Py_ssize_t rows, Py_ssize_t inner, co
 }
 
 /* Transform, path and code of a frame's ordinary rows, in one call, for one token is all that a step of a decode
-   sends. Their coded rows end the output; the result is where they begin, its length if no row is ordinary. */
+   sends. Their gains begin what is for them, their coded rows end the output; the result is where these begin, its
+   length if no row is ordinary. */
 static PyObject *encode_hidden(PyObject *module, PyObject *args) {
-    Py_buffer hidden, ids, ordinary, output, matrix, scales, predicted, predicted_scale, contexts, cumulative, points,
-        costs;
+    Py_buffer hidden, ids, ordinary, gains, output, matrix, scales, predicted, predicted_scale, contexts, cumulative,
+        points, costs;
     float limit, step, bit;
     unsigned int seed;
-    if (!PyArg_ParseTuple(args, "y*y*w*w*y*y*y*y*ffy*y*y*y*fI", &hidden, &ids, &ordinary, &output, &matrix, &scales,
-                          &predicted, &predicted_scale, &limit, &step, &contexts, &cumulative, &points, &costs, &bit,
-                          &seed))
+    if (!PyArg_ParseTuple(args, "y*y*w*w*w*y*y*y*y*ffy*y*y*y*fI", &hidden, &ids, &ordinary, &gains, &output, &matrix,
+                          &scales, &predicted, &predicted_scale, &limit, &step, &contexts, &cumulative, &points, &costs,
+                          &bit, &seed))
         return NULL;
     PyObject *result = NULL;
     const Py_ssize_t size = (Py_ssize_t)sizeof(float), inner = scales.len / size, rows = ordinary.len;
     Model model;
-    if (read_model(&model, &contexts, &cumulative, 2) < 0) {
+    if (gains.len == rows)
+        memset(gains.buf, 0, (size_t)rows);
+    if (read_model(&model, &contexts, &cumulative, 2) < 0 || read_gains(&model, &gains, rows) < 0) {
         /* the error is set */
     } else if (!inner || model.width > inner || scales.len != inner * size || predicted_scale.len != inner * size ||
                matrix.len != inner * inner * (Py_ssize_t)sizeof(int16_t) || hidden.len != rows * inner * size ||
@@ -604,7 +687,9 @@ static PyObject *encode_hidden(PyObject *module, PyObject *args) {
                 if (((const uint8_t *)ordinary.buf)[row]) {
                     if (!coded)
                         first = (uint32_t)id[row];
-                    memmove(values + coded++ * width, values + row * width, (size_t)width * sizeof *values);
+                    memmove(values + coded * width, values + row * width, (size_t)width * sizeof *values);
+                    ((uint8_t *)gains.buf)[coded] = (uint8_t)gain_of(values + coded * width, &model);
+                    coded++;
                 }
             if (coded && search_rows(values, coded, &model, points.buf, costs.buf, bit, indices) < 0)
                 start = -2;
@@ -619,6 +704,7 @@ static PyObject *encode_hidden(PyObject *module, PyObject *args) {
     PyBuffer_Release(&hidden);
     PyBuffer_Release(&ids);
     PyBuffer_Release(&ordinary);
+    PyBuffer_Release(&gains);
     PyBuffer_Release(&output);
     PyBuffer_Release(&matrix);
     PyBuffer_Release(&scales);
@@ -633,15 +719,16 @@ static PyObject *encode_hidden(PyObject *module, PyObject *args) {
 
 static PyMethodDef METHODS[] = {
     {"quantize", quantize, METH_VARARGS,
-     "quantize(values, contexts, cumulative, points, costs, bit, indices): the trellis path of least cost"},
+     "quantize(values, contexts, cumulative, gains, points, costs, bit, indices): the trellis path of least cost"},
     {"encode", encode, METH_VARARGS,
-     "encode(indices, contexts, cumulative, seed, output, trellis) -> offset in output"},
+     "encode(indices, contexts, cumulative, gains, seed, output, trellis) -> offset in output"},
     {"decode", decode, METH_VARARGS,
-     "decode(payload, contexts, cumulative, points, values, trellis) -> seed or -1"},
-    {"count", count, METH_VARARGS, "count(values, indices, contexts, counts, sums): adds to counts and sums"},
+     "decode(payload, contexts, cumulative, gains, points, values, trellis) -> seed or -1"},
+    {"count", count, METH_VARARGS, "count(values, indices, contexts, gains, counts, sums): adds to counts and sums"},
+    {"gains", gains, METH_VARARGS, "gains(values, contexts, found): of each row"},
     {"multiply", multiply, METH_VARARGS, "multiply(inputs, matrix, outputs, inner, stride, width)"},
     {"encode_hidden", encode_hidden, METH_VARARGS,
-     "encode_hidden(hidden, ids, ordinary, output, matrix, scales, predicted, predicted_scale, limit, step, contexts, "
+     "encode_hidden(hidden, ids, ordinary, gains, output, matrix, scales, predicted, predicted_scale, limit, step, contexts, "
      "cumulative, points, costs, bit, seed) -> offset in output"},
     {NULL, NULL, 0, NULL},
 };

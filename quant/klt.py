@@ -5,9 +5,10 @@ it after a prediction that both sides know, in the eigenbasis of that remainder'
 sensitivity (a Karhunen–Loève transform; `isthmus.export.klt_fit` makes it). In that basis equal errors do equal harm,
 so that one step serves all coefficients (reverse water-filling), and those that vary by less than it are not sent.
 
-A payload says itself how to decode it: one byte level; if its highest bit is set, the tokens that are sent raw (a
-count, their places, their values as ``raw16`` has them); the ids of the coded tokens but the first; and their
-coefficients, coded by `isthmus.quant.trellis`, whose seed is the first token's id. A token is sent raw if it is farther
+A payload says itself how to decode it: a byte with the level and, four bits above, the first coded token's gain; if its
+highest bit is set, the tokens that are sent raw (a count, their places, their values as ``raw16`` has them); the ids of
+the coded tokens but the first, and their gains, packed; and their coefficients, coded by `isthmus.quant.trellis`, whose
+seed is the first token's id. A token is sent raw if it is farther
 from its prediction than any in calibration, as attention sinks are, and so every finite input survives.
 
 A token's reconstruction depends on that token alone: rows are multiplied in one order whatever their number, and each
@@ -28,14 +29,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CodecError
+from .bitpack import pack, packed_bytes, unpack
 from .checks import check_finite, check_shape, shaped_hidden
 from .codec import Raw16
-from .trellis import Floats, TrellisTables, coder_output, native
+from .trellis import GAINS, Floats, TrellisTables, coder_output, native
 
-_RAW_SECTION = 0x80  # of the level's byte
+MAX_LEVELS = 8
+_RAW_SECTION = 0x80  # of the first byte
+GAIN_BITS = 4
+_GAIN_SHIFT = 3  # in the first byte
 _RAW_HEADER = struct.Struct("<HI")  # tokens, bytes of their values
 _PREDICTED = "klt-predicted.npy"
-_TABLES = "klt.npz"
+_TABLES = "klt-tables.npz"
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ class KLTTables:
             while f"step.{len(levels)}" in arrays:
                 number = len(levels)
                 tables = TrellisTables(**{f.name: arrays[f"{f.name}.{number}"] for f in fields(TrellisTables)})
+                if len(tables.cumulative) != int(tables.contexts.max()) + GAINS:
+                    raise ValueError("tables without gains")
                 levels.append(KLTLevel(float(arrays[f"step.{number}"]), float(arrays[f"bits.{number}"]), tables))
             result = cls(
                 arrays["forward"],
@@ -136,7 +143,6 @@ class KLT:
         self._encode = native().encode_hidden
         self._tables = tables
         self._level = level
-        self._level_byte = bytes([level])
         self._d_model = len(tables.forward)
         self._width = tables.levels[level].tables.width
         self._id_type = np.dtype("<u2" if len(tables.predicted) <= 1 << 16 else "<u4")
@@ -172,18 +178,20 @@ class KLT:
                 f"hidden states {list(hidden.shape)} and {tokens} token ids: klt takes [tokens, {self._d_model}] and "
                 f"as many ids below {vocabulary}"
             )
-        ordinary = bytearray(tokens)
+        ordinary, gains = bytearray(tokens), bytearray(tokens)
         output = coder_output(tokens * self._width)
-        start = self._encode(hidden, array("q", token_ids), ordinary, output, *self._constants)
+        start = self._encode(hidden, array("q", token_ids), ordinary, gains, output, *self._constants)
+        first = self._level | gains[0] << _GAIN_SHIFT
         if tokens == 1 and ordinary[0]:
-            return self._level_byte + output[start:]
-        head, coded = self._level_byte, np.array(token_ids, self._id_type)
+            return bytes((first,)) + output[start:]
+        head, coded = bytes((first,)), np.array(token_ids, self._id_type)
         if not all(ordinary):
             check_finite(hidden)  # a row that is not is not ordinary either
             kept = np.frombuffer(ordinary, np.bool_)
-            head = bytes([self._level | _RAW_SECTION]) + _raw_section(hidden, ~kept)
+            head = bytes((first | _RAW_SECTION,)) + _raw_section(hidden, ~kept)
             coded = coded[kept]
-        return b"".join((head, coded[1:].tobytes(), memoryview(output)[start:]))
+        packed = pack(np.frombuffer(gains, np.uint8, len(coded))[1:], GAIN_BITS)
+        return b"".join((head, coded[1:].tobytes(), packed, memoryview(output)[start:]))
 
     def decode(self, payload: bytes, tokens: int, d_model: int) -> Floats:
         """Decode hidden states ``[tokens, d_model]``, of any level.
@@ -196,7 +204,7 @@ class KLT:
         if d_model != len(tables.forward):
             raise CodecError(f"d_model {d_model}: the tables of this bundle are for {len(tables.forward)}")
         view = memoryview(payload)
-        number = view[0] & ~_RAW_SECTION if len(view) else -1
+        number = view[0] % MAX_LEVELS if len(view) else -1
         if not 0 <= number < len(tables.levels):
             raise CodecError(f"klt payload of level {number}: this bundle has levels 0 to {len(tables.levels) - 1}")
         hidden, rows, at = _read_raw_section(view, tokens, d_model)
@@ -205,13 +213,17 @@ class KLT:
                 raise CodecError(f"klt payload with {len(view) - at} bytes too many; send the frame again")
             return hidden
         level = tables.levels[number]
-        coded_at = at + (len(rows) - 1) * self._id_type.itemsize
+        gains_at = at + (len(rows) - 1) * self._id_type.itemsize
+        coded_at = gains_at + packed_bytes(len(rows) - 1, GAIN_BITS)
         if len(view) < coded_at:
             raise CodecError(f"klt payload of {len(view)} bytes: too short for {tokens} tokens; send the frame again")
-        values, seed = level.tables.decode(view[coded_at:], len(rows))
+        gains = np.empty(len(rows), np.uint8)
+        gains[0] = (view[0] & ~_RAW_SECTION) >> _GAIN_SHIFT
+        gains[1:] = unpack(view[gains_at:coded_at], len(rows) - 1, GAIN_BITS, np.uint8)
+        values, seed = level.tables.decode(view[coded_at:], gains)
         ids = np.empty(len(rows), np.int64)
         ids[0] = seed - self._first_seed
-        ids[1:] = np.frombuffer(view[at:coded_at], self._id_type)
+        ids[1:] = np.frombuffer(view[at:gains_at], self._id_type)
         if ids.min() < 0 or ids.max() >= len(tables.predicted):
             raise CodecError("klt payload with a token outside the vocabulary; send the frame again")
         coefficients = tables.predicted[ids] * tables.predicted_scale

@@ -121,7 +121,7 @@ class TabQRans:
         if len(steps):
             output = bytearray(4 * len(steps) + 16)  # a code takes at most 30 bits: 14, a sign and an 8-bit excess
             contexts = self.tables.contexts(head[:, :1], coded)
-            start = native().encode(steps, contexts, self.tables.cumulative, _SEED, output, False)
+            start = native().encode(steps, contexts, self.tables.cumulative, b"", _SEED, output, False)
             stream = bytes(memoryview(output)[start:])
         return b"".join((*quantized.front(), stream))
 
@@ -140,7 +140,7 @@ class TabQRans:
         end = _SEED if not stream else -1
         if len(decoded):
             contexts = self.tables.contexts(front.head[:, :1], coded)
-            end = native().decode(stream, contexts, self.tables.cumulative, _NO_OFFSETS, decoded, False)
+            end = native().decode(stream, contexts, self.tables.cumulative, b"", _NO_OFFSETS, decoded, False)
         steps = np.zeros((tokens, d_model), np.float32)
         steps[coded] = decoded
         lowest = -front.head[:, 2:3].astype(np.float32)

@@ -10,7 +10,7 @@ from ..quant.ids import Ids
 from .bundle import Bundle, TensorRecord
 from .draft_bundle import Draft
 
-CODEC_TABLES = ("klt.npz", "tabq-rans.npz")
+CODEC_TABLES = ("klt-tables.npz", "tabq-rans.npz")
 UNPACKED_TABLES = 3  # a codec's tables in memory, by the bytes of their file
 _BYTES_PER_VALUE = {"raw32": 4, "raw16": 2}  # that a codec sends; the others less than one
 

@@ -138,35 +138,40 @@ class RaggedStack:
                 raise RequestError(
                     f"{cache.length} positions and {len(hidden)} more: this session was opened for {cache.capacity}"
                 )
-        if not any(cache.bypass for cache, _ in parts):
-            outputs = self._run(parts, self._all_blocks)
-            for cache, hidden in parts:
-                cache.length += len(hidden)
-            return outputs
+        if any(cache.bypass for cache, _ in parts):
+            return self._in_stretches(parts)
+        outputs = self._run(parts, self._all_blocks)
+        for cache, hidden in parts:
+            cache.length += len(hidden)
+        return outputs
+
+    def _in_stretches(self, parts: Sequence[Part]) -> list[NDArray[np.float32]]:
+        """Advance parts that are cut where blocks begin to be left out."""
         cuts = [list(stretches(cache.bypass, cache.length, len(hidden))) for cache, hidden in parts]
         if max(map(len, cuts)) == 1:
             return self._advance(parts)
-        stretched: list[list[NDArray[np.float32]]] = [[] for _ in parts]
+        outputs: list[list[NDArray[np.float32]]] = [[] for _ in parts]
         before = [cache.length for cache, _ in parts]
         try:
             for turn in range(max(map(len, cuts))):
                 due = [at for at, rows in enumerate(cuts) if turn < len(rows)]
                 rows = self._advance([(parts[at][0], parts[at][1][cuts[at][turn]]) for at in due])
                 for at, part in zip(due, rows, strict=True):
-                    stretched[at].append(part.copy())
+                    outputs[at].append(part.copy())
         except BaseException:
             for (cache, _), length in zip(parts, before, strict=True):
                 cache.truncate(length)
             raise
-        return [np.concatenate(several) for several in stretched]
+        return [np.concatenate(several) for several in outputs]
 
     def _advance(self, parts: Sequence[Part]) -> list[NDArray[np.float32]]:
         """Run rows each of which goes through the same blocks as the others of its part."""
         runs = [set(running_blocks(cache.bypass, self._starts, cache.length)) for cache, _ in parts]
         rows = [hidden for _, hidden in parts]
-        for together, some in groupby(self._all_blocks, lambda block: [at for at, own in enumerate(runs) if block in own]):
+        runners = [[at for at, own in enumerate(runs) if block in own] for block in self._all_blocks]
+        for together, blocks in groupby(self._all_blocks, runners.__getitem__):
             if together:
-                outputs = self._run([(parts[at][0], rows[at]) for at in together], tuple(some))
+                outputs = self._run([(parts[at][0], rows[at]) for at in together], tuple(blocks))
                 for at, output in zip(together, outputs, strict=True):
                     rows[at] = output
         for cache, hidden in parts:

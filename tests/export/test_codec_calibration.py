@@ -37,14 +37,14 @@ def test_both_halves_hold_the_tables_and_the_manifest_names_the_codec(calibrated
     device, server = open_bundle(calibrated / "device"), open_bundle(calibrated / "server")
     assert "klt" in device.manifest.codecs
     files = [{file.name for file in bundle.manifest.files[bundle.half]} for bundle in (device, server)]
-    assert all({"klt.npz", "klt-predicted.npy"} <= names for names in files)
+    assert all({"klt-tables.npz", "klt-predicted.npy"} <= names for names in files)
 
 
 def test_tables_of_another_split_are_refused(calibrated: Path, tiny: Any, tmp_path: Path) -> None:
     other = tmp_path / "other"
     options = {"max_length": 64, "calibration_tokens": 4096, "cache": calibrated.parent / "cache"}
     export_bundle(str(tiny.checkpoint()), other, split=1, front_bits=8, back_bits=8, **options)
-    for name in ("klt.npz", "klt-predicted.npy", "tabq-rans.npz"):
+    for name in ("klt-tables.npz", "klt-predicted.npy", "tabq-rans.npz"):
         shutil.copyfile(calibrated / "server" / name, other / "server" / name)
         with pytest.raises(BundleError, match=rf"{name}: .* manifest"):
             open_bundle(other / "server")
