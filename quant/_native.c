@@ -91,15 +91,17 @@ static int read_model(Model *model, const Py_buffer *contexts, const Py_buffer *
     return 0;
 }
 
+static int largest(const uint8_t *numbers, Py_ssize_t count) {
+    int result = 0;
+    for (Py_ssize_t i = 0; i < count; i++)
+        result = numbers[i] > result ? numbers[i] : result;
+    return result;
+}
+
 /* Have rows use the tables of their gains; with none, that is without the trellis, those of their contexts. */
 static int read_gains(Model *model, const Py_buffer *gains, Py_ssize_t rows) {
-    int largest = 0;
-    for (Py_ssize_t i = 0; i < model->width; i++)
-        largest = model->contexts[i] > largest ? model->contexts[i] : largest;
-    int valid = model->quantizers == 1 ? gains->len == 0 : gains->len == rows;
-    for (Py_ssize_t row = 0; valid && row < gains->len; row++)
-        valid = ((const uint8_t *)gains->buf)[row] < GAINS;
-    if (!valid || (model->quantizers == 2 && largest + GAINS > model->tables)) {
+    if (gains->len != (model->quantizers == 2 ? rows : 0) ||
+        largest(model->contexts, model->width) + largest(gains->buf, gains->len) >= model->tables) {
         PyErr_SetString(PyExc_ValueError, "gains that do not fit the rows, or without tables");
         return -1;
     }
@@ -484,11 +486,7 @@ static PyObject *count(PyObject *module, PyObject *args) {
     int valid = values.len == indices.len && indices.len == rows * width * (Py_ssize_t)sizeof(int32_t) &&
                 counts.len == tables * 2 * SYMBOLS * (Py_ssize_t)sizeof(int64_t) && gains.len == rows &&
                 sums.len == tables * 2 * (SYMBOLS - 1) * (Py_ssize_t)sizeof(double);
-    for (Py_ssize_t i = 0; i < width; i++)
-        valid &= ((const uint8_t *)contexts.buf)[i] + GAINS <= tables;
-    for (Py_ssize_t row = 0; valid && row < rows; row++)
-        valid = ((const uint8_t *)gains.buf)[row] < GAINS;
-    if (!valid) {
+    if (!valid || largest(contexts.buf, width) + largest(gains.buf, rows) >= tables) {
         PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
     } else {
         for (Py_ssize_t row = 0; row < rows; row++) {
@@ -663,7 +661,9 @@ static PyObject *encode_hidden(PyObject *module, PyObject *args) {
     } else if (!inner || model.width > inner || scales.len != inner * size || predicted_scale.len != inner * size ||
                matrix.len != inner * inner * (Py_ssize_t)sizeof(int16_t) || hidden.len != rows * inner * size ||
                ids.len != rows * (Py_ssize_t)sizeof(int64_t) || predicted.len % inner ||
-               !fits(&model, &points) || !fits(&model, &costs) || seed >= LOW || predicted.len / inner > (Py_ssize_t)(LOW - seed)) {
+               !fits(&model, &points) || !fits(&model, &costs) || seed >= LOW ||
+               largest(contexts.buf, model.width) + GAINS > model.tables ||
+               predicted.len / inner > (Py_ssize_t)(LOW - seed)) {
         PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
     } else {
         const int64_t *id = ids.buf, vocabulary = predicted.len / inner;

@@ -264,10 +264,11 @@ class StackSession:
         # Both count the graph's dummy row: one more than the valid positions.
         self._seqlens[0] = cache.length + tokens
         self._total[...] = cache.length + tokens + 1
-        started = perf_counter()
-        for graph, binding in lane.runs:
-            graph.run_bound(binding)
-        self._stack.onnxruntime_seconds += perf_counter() - started
+        if lane.runs:
+            started = perf_counter()
+            for graph, binding in lane.runs:
+                graph.run_bound(binding)
+            self._stack.onnxruntime_seconds += perf_counter() - started
         cache.length += tokens
         return lane.hidden_out[0]
 

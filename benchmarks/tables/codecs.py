@@ -92,14 +92,14 @@ class EntropyCoded:
         indices = np.rint(hidden / scales[:, None]).astype(np.int32)
         magnitude = np.maximum(np.abs(indices).mean(1), 1e-9)
         spreads = np.abs(np.log(magnitude[:, None] / self.SPREADS)).argmin(1).astype(np.uint8)
-        coded = self._tables(spreads, hidden.shape[1]).encode(indices.reshape(1, -1), 0)
+        coded = self._tables(spreads, hidden.shape[1]).encode(indices.reshape(1, -1), _NO_GAIN, 0)
         return scales.tobytes() + spreads.tobytes() + coded
 
     def decode(self, payload: bytes, tokens: int, d_model: int) -> Floats:
         """Undo `encode`."""
         scales = np.frombuffer(payload, "<f4", tokens)
         spreads = np.frombuffer(payload, np.uint8, tokens, 4 * tokens)
-        points, _ = self._tables(spreads, d_model).decode(payload[5 * tokens :], 1)
+        points, _ = self._tables(spreads, d_model).decode(payload[5 * tokens :], _NO_GAIN)
         # Points are twice the index, or one nearer to zero: see the two quantizers in quant/_native.c.
         indices = np.sign(points) * np.ceil(np.abs(points) / 2)
         return indices.reshape(tokens, d_model) * scales[:, None]
@@ -108,6 +108,9 @@ class EntropyCoded:
         cumulative = laplacian_tables(tuple(self.SPREADS.tolist()))
         offsets = np.zeros((len(cumulative), 2, 2 * LIMIT + 1), np.float32)
         return TrellisTables(spreads.repeat(d_model), cumulative, offsets)
+
+
+_NO_GAIN = np.zeros(1, np.uint8)  # the spreads do its work
 
 
 @cache

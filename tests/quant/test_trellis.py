@@ -123,7 +123,7 @@ def test_a_payload_of_another_length_is_refused_or_ends_elsewhere(change: str) -
 @pytest.mark.parametrize(
     "tables",
     [
-        TrellisTables(np.array([9], np.uint8), TABLES.cumulative, TABLES.offsets),
+        TrellisTables(np.array([19], np.uint8), TABLES.cumulative, TABLES.offsets),
         TrellisTables(TABLES.contexts, TABLES.cumulative[..., :-1].copy(), TABLES.offsets),
         TrellisTables(TABLES.contexts, np.zeros_like(TABLES.cumulative), TABLES.offsets),
         TrellisTables(TABLES.contexts, TABLES.cumulative, TABLES.offsets[:1].copy()),
