@@ -81,6 +81,19 @@ def test_a_gain_is_a_quarter_of_an_octave() -> None:
     assert TABLES.gains(np.concatenate([row * 1e6, row * 0])).tolist() == [GAINS - 1, 0]
 
 
+def test_gains_pay_where_rows_spread_unlike_each_other() -> None:
+    rng = np.random.default_rng(2)
+    values = (rng.standard_normal((600, 24)) * np.exp(0.4 * rng.standard_normal((600, 1)))).astype(np.float32)
+    tables = TrellisTables.fit(values[:300], np.full(24, 6, np.uint8))
+    sent, own = values[300:], tables.gains(values[300:])
+    taken, errors = {}, {}
+    for name, gains in {"own": own, "middling": np.full_like(own, 8)}.items():
+        payload = tables.encode(tables.quantize(sent, gains), gains, 0)
+        taken[name], errors[name] = len(payload), np.square(tables.decode(payload, gains)[0] - sent).mean()
+    assert taken["own"] < 0.97 * taken["middling"]
+    assert errors["own"] < 1.02 * errors["middling"]
+
+
 def test_bytes_are_what_the_tables_promise() -> None:
     values = np.random.default_rng(1).laplace(size=(2000, 24)).astype(np.float32)
     gains = TABLES.gains(values)
