@@ -217,9 +217,10 @@ class KLT:
         coded_at = gains_at + packed_bytes(len(rows) - 1, GAIN_BITS)
         if len(view) < coded_at:
             raise CodecError(f"klt payload of {len(view)} bytes: too short for {tokens} tokens; send the frame again")
-        gains = np.empty(len(rows), np.uint8)
-        gains[0] = (view[0] & ~_RAW_SECTION) >> _GAIN_SHIFT
-        gains[1:] = unpack(view[gains_at:coded_at], len(rows) - 1, GAIN_BITS, np.uint8)
+        gains = np.array([(view[0] & ~_RAW_SECTION) >> _GAIN_SHIFT], np.uint8)
+        if len(rows) > 1:
+            others = unpack(view[gains_at:coded_at], len(rows) - 1, GAIN_BITS, np.uint8)
+            gains = np.concatenate([gains, others])
         values, seed = level.tables.decode(view[coded_at:], gains)
         ids = np.empty(len(rows), np.int64)
         ids[0] = seed - self._first_seed
