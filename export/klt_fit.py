@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..quant.klt import GAIN_BITS, KLTLevel, KLTTables
-from ..quant.trellis import MAX_VALUE, Floats, TrellisTables
+from ..quant.trellis import MAX_VALUE, Floats, TrellisTables, contexts_of
 from .progress import Progress
 
 BITS = (3.5, 2.6, 1.75, 1.4, 1.1, 0.87, 0.68)  # per element of the hidden state, by level
@@ -29,8 +29,6 @@ _DAMPING = 0.05  # of the mean sensitivity
 _RIDGE = 1000.0  # in tokens, for standardized features
 _MASSIVE = 6.0  # times the median norm: attention sinks, which are sent raw and would spoil every mean
 _BEYOND = 1.5  # times the largest norm of coefficients seen
-_CLASSES_PER_OCTAVE, _FINEST_CLASS, _COARSEST_CLASS = 4, -6, 24  # of a coefficient's deviation in steps; as
-# `TrellisTables.contexts` counts, for rows of a middling gain
 _FIT_ROWS = 8192
 _STEP_SEARCHES = 4
 _CLIP = 8.0  # deviations that a prediction may be from the mean; rare tokens have absurd isolated states
@@ -165,11 +163,10 @@ def _fit_level(rows: Floats, deviations: Floats, bits: float, limit: float) -> K
 
 
 def _level_at(rows: Floats, deviations: Floats, step: float) -> KLTLevel:
-    classes = np.rint(_CLASSES_PER_OCTAVE * np.log2(np.maximum(deviations / step, 1e-9)))
-    width = max(int(np.count_nonzero(classes > _FINEST_CLASS)), 1)
-    contexts = np.clip(classes[:width], _FINEST_CLASS, _COARSEST_CLASS) - _FINEST_CLASS
+    contexts = contexts_of(deviations / step)
+    width = max(int(np.count_nonzero(contexts)), 1)
     values = np.ascontiguousarray(rows[:, :width] / np.float32(step))
-    tables = TrellisTables.fit(values, contexts.astype(np.uint8))
+    tables = TrellisTables.fit(values, contexts[:width])
     gains = tables.gains(values)
     bits = 8 * len(tables.encode(tables.quantize(values, gains), gains, 0)) + GAIN_BITS * len(rows)
     return KLTLevel(step, bits / rows.size, tables)

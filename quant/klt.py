@@ -110,6 +110,8 @@ class KLTTables:
                 if len(tables.cumulative) != int(tables.contexts.max()) + GAINS:
                     raise ValueError("tables without gains")
                 levels.append(KLTLevel(float(arrays[f"step.{number}"]), float(arrays[f"bits.{number}"]), tables))
+            if not 1 <= len(levels) <= MAX_LEVELS:
+                raise ValueError(f"{len(levels)} levels where 1 to {MAX_LEVELS} fit")
             result = cls(
                 arrays["forward"],
                 arrays["inverse"],
@@ -208,16 +210,19 @@ class KLT:
         if not 0 <= number < len(tables.levels):
             raise CodecError(f"klt payload of level {number}: this bundle has levels 0 to {len(tables.levels) - 1}")
         hidden, rows, at = _read_raw_section(view, tokens, d_model)
+        first_gain = (view[0] & ~_RAW_SECTION) >> _GAIN_SHIFT
         if not len(rows):
-            if at != len(view):
-                raise CodecError(f"klt payload with {len(view) - at} bytes too many; send the frame again")
+            if at != len(view) or first_gain:
+                raise CodecError(
+                    f"klt payload of {len(view)} bytes, all raw, with more than that; send the frame again"
+                )
             return hidden
         level = tables.levels[number]
         gains_at = at + (len(rows) - 1) * self._id_type.itemsize
         coded_at = gains_at + packed_bytes(len(rows) - 1, GAIN_BITS)
         if len(view) < coded_at:
             raise CodecError(f"klt payload of {len(view)} bytes: too short for {tokens} tokens; send the frame again")
-        gains = np.array([(view[0] & ~_RAW_SECTION) >> _GAIN_SHIFT], np.uint8)
+        gains = np.array([first_gain], np.uint8)
         if len(rows) > 1:
             others = unpack(view[gains_at:coded_at], len(rows) - 1, GAIN_BITS, np.uint8)
             gains = np.concatenate([gains, others])

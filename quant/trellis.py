@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,10 @@ LIMIT = 15  # largest magnitude of an index with a symbol of its own
 SYMBOLS = 2 * LIMIT + 2
 FREQUENCIES = 1 << 14  # what a table's frequencies sum to
 MAX_SEED = 1 << 23
-GAINS = 16  # a quarter of an octave each
-_ORIGIN = 14  # context and gain of numbers that deviate by one step
+GAINS = 16
+_PER_OCTAVE = 4  # contexts, and gains
+_ORIGIN = 14  # context and gain of numbers that deviate by one step; with the two above as in _native.c
+_MAX_CONTEXT = 30
 MAX_VALUE = float(1 << 19)  # in steps; larger ones have no index
 
 # Squared steps that a bit is worth to the path search; between 0.4 and 1 the rate-distortion curve hardly moves.
@@ -70,8 +73,7 @@ class TrellisTables:
     """What encoder and decoder share for rows of ``width`` numbers, all counted in steps.
 
     Attributes:
-        contexts: uint8 ``[width]``; with its row's gain, which table a number uses: both count quarters of an octave of
-            the deviation, from `_ORIGIN` as their sum for one step.
+        contexts: uint8 ``[width]``; with its row's gain, which table a number uses: see `contexts_of`.
         cumulative: uint16 ``[tables, 2, SYMBOLS + 1]``, running sums of frequencies, for both union quantizers.
         offsets: float32 ``[tables, 2, SYMBOLS - 1]``, from a quantizer's point to the mean of what it stands for.
     """
@@ -103,7 +105,9 @@ class TrellisTables:
 
     def gains(self, values: Floats) -> NDArray[np.uint8]:
         """The gain of each row of float32 ``[rows, width]`` in steps."""
-        return _gains_of(values, self.contexts)
+        found = np.empty(len(values), np.uint8)
+        native().gains(values, self.contexts, found)
+        return found
 
     def quantize(self, values: Floats, gains: NDArray[np.uint8]) -> NDArray[np.int32]:
         """Indices ``[rows, width]`` that make squared error + `BIT_PRICE` x bits least, row by row.
@@ -143,13 +147,13 @@ class TrellisTables:
         made symmetric in the sign.
         """
         values = np.ascontiguousarray(values, np.float32)
-        gains = _gains_of(values, contexts)
-        spread = 0.8 * 2.0 ** ((np.arange(int(contexts.max()) + GAINS) - _ORIGIN) / 4) + 0.05
+        spread = 0.8 * 2.0 ** ((np.arange(int(contexts.max()) + GAINS) - _ORIGIN) / _PER_OCTAVE) + 0.05
         points = _points()
         frequencies = np.exp(-np.abs(points) / spread[:, None, None])
         frequencies = np.concatenate([frequencies, 1e-3 * frequencies.sum(-1, keepdims=True)], axis=-1)
         offsets = np.zeros((*frequencies.shape[:-1], SYMBOLS - 1), np.float32)
         tables = cls(contexts, running_sums(frequencies), offsets)
+        gains = tables.gains(values)
         for _ in range(rounds):
             indices = tables.quantize(values, gains)
             counts = np.zeros(frequencies.shape, np.int64)
@@ -167,10 +171,14 @@ class TrellisTables:
 _PRIOR_COUNT = 20.0
 
 
-def _gains_of(values: Floats, contexts: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    found = np.empty(len(values), np.uint8)
-    native().gains(values, contexts, found)
-    return found
+def contexts_of(deviations: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """The contexts of numbers that deviate so far, in steps, in rows of the middle gain: a quarter of an octave each.
+
+    Those of context 0 deviate by a third of a step or less.
+    """
+    octaves = np.log2(np.maximum(deviations, 1e-9))
+    contexts = np.rint(_PER_OCTAVE * octaves) + _ORIGIN - GAINS // 2
+    return np.clip(contexts, 0, _MAX_CONTEXT).astype(np.uint8)
 
 
 def _points() -> Floats:

@@ -264,7 +264,7 @@ class StackSession:
         # Both count the graph's dummy row: one more than the valid positions.
         self._seqlens[0] = cache.length + tokens
         self._total[...] = cache.length + tokens + 1
-        if lane.runs:
+        if lane.runs:  # a stack without layers spends nothing, not next to nothing
             started = perf_counter()
             for graph, binding in lane.runs:
                 graph.run_bound(binding)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +117,7 @@ def test_tables_of_another_model_are_refused(tmp_path: Path, d_model: int, vocab
         KLTTables.load(tmp_path, d_model=d_model, vocab_size=vocab_size)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "pickle"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "pickle", "without gains", "nine levels"])
 def test_damaged_tables_are_refused(tmp_path: Path, damage: str) -> None:
     TABLES.save(tmp_path)
     file = tmp_path / "klt-tables.npz"
@@ -126,8 +128,27 @@ def test_damaged_tables_are_refused(tmp_path: Path, damage: str) -> None:
             file.write_bytes(file.read_bytes()[:100])
         case "pickle":
             np.savez(file, forward=np.array([object()], dtype=object))
+        case "without gains":
+            rewritten(file, lambda arrays: arrays | {"cumulative.0": arrays["cumulative.0"][:-1]})
+        case "nine levels":
+            replace(TABLES, levels=TABLES.levels * 3).save(tmp_path)
     with pytest.raises(CodecError, match="no calibrated codec there"):
         KLTTables.load(tmp_path, d_model=D, vocab_size=VOCABULARY)
+
+
+def rewritten(file: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
+    with np.load(file) as arrays:
+        changed = change(dict(arrays))
+    np.savez(file, **changed)
+
+
+def test_a_gain_without_a_coded_token_is_refused() -> None:
+    hidden, ids = hidden_states(2)
+    payload = bytearray(KLT(TABLES, 1).encode(hidden * 1e5, ids))
+    KLT(TABLES, 1).decode(bytes(payload), 2, D)
+    payload[0] |= 1 << 3
+    with pytest.raises(CodecError, match="all raw"):
+        KLT(TABLES, 1).decode(bytes(payload), 2, D)
 
 
 def test_bad_input_is_named() -> None:

@@ -13,13 +13,12 @@ import pytest
 
 from isthmus.errors import BundleError, LinkError, RequestError
 from isthmus.quant.codec import Raw32
-from isthmus.runtime.back import BackEngine, BackSession
+from isthmus.runtime.back import BackSession
 from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.edge.handover import HandOver
 from isthmus.runtime.edge.link import RemoteBack
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.sampling import Sampling
-from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire import isthmus_pb2 as pb
 from isthmus.runtime.wire.stream import ClientStream
@@ -33,22 +32,6 @@ SAMPLINGS = [Sampling(), SAMPLED]
 @pytest.fixture(scope="module")
 def folder(tiny: Any) -> Path:
     return tiny.bundle(split=1, device_layers="all")
-
-
-@pytest.fixture
-def serve(user_config: Path) -> Iterator[Callable[..., BackServer]]:
-    """Start servers of a bundle's server half; keyword arguments are limits."""
-    servers = []
-
-    def start(folder: Path, **limits: float) -> BackServer:
-        server = BackServer(BackEngine.open(folder / "server", threads=1), limits=ServerLimits(**limits))
-        server.start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.stop(0.2)
 
 
 @pytest.fixture
