@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..devices.channel import Trace
     from ..devices.proxy import DropAfter, LinkProxy
+    from ..devices.signals import Signals
     from ..errors import LinkError
     from ..runtime.wire.transport import split_address
 
@@ -77,16 +78,13 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         check=not args.no_check,
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        with proxy:
-            shown = f"trace {args.trace}" if args.trace is not None else _describe(proxy.link)
-            print(f"isthmus: link on {proxy.address} to {args.connect} ({shown})", flush=True)
-            proxy.wait()
-    except KeyboardInterrupt:
-        return 0
-    return 1  # it ended by itself, and its thread has said why
+    signals = Signals(signal.SIGINT, signal.SIGTERM)
+    with proxy:
+        shown = f"trace {args.trace}" if args.trace is not None else _describe(proxy.link)
+        print(f"isthmus: link on {proxy.address} to {args.connect} ({shown})", flush=True)
+        if signals.wait(proxy) is None:
+            return 1  # it ended by itself, and its thread has said why
+    return 0
 
 
 def _link(args: argparse.Namespace) -> LinkProfile:

@@ -140,14 +140,6 @@ def server_security(args: argparse.Namespace) -> ServerSecurity:
     )
 
 
-class _Drain(Exception):  # noqa: N818  (a wish, not a failure)
-    """SIGTERM has come."""
-
-
-def _drain(*_: object) -> None:
-    raise _Drain
-
-
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT, or SIGTERM, which drains; one line on stdout says that clients may come."""
     import logging
@@ -155,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..devices.budget import parse_megabytes
     from ..devices.limits import enforce_memory_limit
+    from ..devices.signals import Signals
     from ..runtime.server.logs import JsonFormatter
     from ..runtime.server.server import BackServer
 
@@ -182,21 +175,17 @@ def run(args: argparse.Namespace) -> int:
         metrics=args.metrics,
         audit=args.audit,
     )
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _drain)
+    signals = Signals(signal.SIGINT, signal.SIGTERM)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda *_: server.reload())
-    try:
-        with server:
-            layers = f"{server.manifest.split}–{server.manifest.architecture.layers - 1}"
-            line = f"isthmus: serving layers {layers} on {server.address} ({security.describe()})"
-            try:
-                print(line, flush=True)
-                server.wait()
-            except _Drain:
-                signal.signal(signal.SIGTERM, signal.default_int_handler)  # a second one ends it at once
-                server.drain(args.drain_timeout)
-                return 0
-    except (KeyboardInterrupt, _Drain):  # the latter before there was anything to drain
-        return 0
-    return 1  # it ended by itself, and its thread has said why
+    with server:
+        layers = f"{server.manifest.split}–{server.manifest.architecture.layers - 1}"
+        print(f"isthmus: serving layers {layers} on {server.address} ({security.describe()})", flush=True)
+        came = signals.wait(server)
+        if came is None:
+            return 1  # it ended by itself, and its thread has said why
+        if came == signal.SIGTERM:
+            for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends it at once
+                signal.signal(number, lambda *_: server.end())
+            server.drain(args.drain_timeout)
+    return 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -13,9 +15,7 @@ from typing import Any, Self
 
 from ..errors import LinkError
 
-# Between looks at signals while a thread waits: the system may give one to any thread, and Python's handler runs in the
-# main thread only, once that is awake.
-_SIGNALS_S = 0.5
+_LOOK_S = 0.05  # between looks at whether the service has ended, for those who wait for that
 
 
 class BackgroundService(ABC):
@@ -66,21 +66,28 @@ class BackgroundService(ABC):
             raise
         return self._address
 
+    def end(self) -> None:
+        """Have the service end soon. Returns at once, and may be called by a signal's handler."""
+        self._call(self._stopping.set)
+
     def stop(self) -> None:
         """End the service, which closes what is open. Safe twice."""
         thread = self._thread
         if thread is None:
             return
-        self._call(self._stopping.set)
+        self.end()
         thread.join()
         self._thread = None
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the service has ended, or ``timeout`` seconds; whether it has."""
-        if timeout is not None:
-            return self._ended.wait(timeout)
-        while not self._ended.wait(_SIGNALS_S):
-            pass
+        # Not by the event's own wait(): Ctrl-C amid that can leave its lock held, and the service never ends.
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while not self._ended.is_set():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(_LOOK_S, left))
         return True
 
     def __enter__(self) -> Self:

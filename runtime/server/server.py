@@ -34,6 +34,7 @@ from .sessions import SessionTable
 logger = logging.getLogger(__name__)
 
 _WATCH_S = 1.0  # between looks at who may still be served
+_STREAMS_S = 0.05  # between looks at how many streams are left
 _MOVE_S = 2.0  # that devices have, once told to move, to ask for their next token
 
 
@@ -195,7 +196,7 @@ class BackServer(BackgroundService):
 
     def _wait_for_streams(self, table: SessionTable, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while table.carried and time.monotonic() < deadline and not self._ended.wait(0.05):
+        while table.carried and time.monotonic() < deadline and not self.wait(_STREAMS_S):
             pass
 
     async def _serve(self, started: Future[str]) -> None:
