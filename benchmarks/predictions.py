@@ -1,10 +1,11 @@
 """Predicted against measured: peak memory, time per token and bytes per token, for twelve and more configurations.
 
-    python benchmarks/predictions.py [--work FOLDER] [--json]
+    python benchmarks/predictions.py [--work FOLDER] [--repetitions 3] [--json]
 
-Probes this machine with one thread and with as many as it has, exports the bundles that are missing in the folder, and
-runs each configuration in a process of its own (and a server in another, over loopback and TLS): a prompt that fills
-the context but for the last tokens, which are timed. Predictions are those of `isthmus plan`. Nothing else should run.
+Exports the bundles that are missing in the folder, and runs each configuration in a process of its own (and a server
+in another, over loopback and TLS): a prompt that fills the context but for the last tokens, which are timed, without
+drafts. Predictions are those of `isthmus plan` for this machine, which is probed before each run: a shared one's speed
+changes within minutes. Nothing else should run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from processes import serving
@@ -43,6 +44,7 @@ from isthmus.export.validate import validation_text
 
 MODEL = "smollm2-135m-instruct"
 TIMED_TOKENS = 48
+CALIBRATION_TOKENS = 16384  # as the accuracy table's codecs are fitted to
 LAYERS = 30
 ISTHMUS = [sys.executable, "-m", "isthmus.cli.main"]
 # A process's peak begins with what its parent has resident, so that a small one starts it.
@@ -87,6 +89,8 @@ def configurations(threads: int) -> list[Configuration]:
             (10, 8, 8, 512, "tabq", 1),
             (20, 4, 8, 512, "tabq", 2),
             (20, 4, 8, 1024, "tabq", 3),
+            (10, 4, 8, 512, "klt", 2),
+            (20, 4, 8, 512, "klt", 3),
             (25, 4, 4, 512, "raw16", -1),
         )
     ]
@@ -111,7 +115,7 @@ def predict(configuration: Configuration, machine: DeviceProfile) -> Candidate:
 
 
 def measure(folder: Path, configuration: Configuration, prompt: list[int]) -> dict[str, float]:
-    """Run it in a process of its own: peak resident memory in MB, median ms and bytes up of the last tokens."""
+    """Run it in a process of its own: peak resident memory in MB, median ms and mean bytes up of the last tokens."""
     command = [*ISTHMUS, "generate", str(folder / "device"), "--prompt-ids", ",".join(map(str, prompt))]
     command += [
         "-n",
@@ -123,7 +127,7 @@ def measure(folder: Path, configuration: Configuration, prompt: list[int]) -> di
     ]
     command += ["--json"]
     if configuration.codec != "none":
-        command += ["--codec", configuration.codec]
+        command += ["--codec", configuration.codec, "--draft", "off"]
     if configuration.level >= 0:
         command += ["--level", str(configuration.level)]
     with server_of(folder, configuration) as address:
@@ -137,7 +141,7 @@ def measure(folder: Path, configuration: Configuration, prompt: list[int]) -> di
     return {
         "memory_mb": int(done.stderr.split()[-1]) * 1024 / 1e6,
         "ms_per_token": median(token["ms"] for token in tokens),
-        "bytes_per_token": median(token["bytes_up"] for token in tokens),
+        "bytes_per_token": mean(token["bytes_up"] for token in tokens),
     }
 
 
@@ -154,9 +158,12 @@ def server_of(folder: Path, configuration: Configuration) -> Iterator[str]:
 
 
 def main() -> None:
-    """Probe, export, run and print the table."""
+    """Export, probe, run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="where bundles are kept (default: a temporary one)")
+    parser.add_argument(
+        "--repetitions", type=int, default=3, metavar="N", help="median of so many (default %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -174,9 +181,8 @@ def main() -> None:
                     front_bits=configuration.front_bits,
                     back_bits=configuration.back_bits,
                     front_kv_bits=configuration.kv_bits,
-                    calibration_tokens=0,
+                    calibration_tokens=CALIBRATION_TOKENS,
                 )
-        machines = {count: probe(threads=count, progress=progress) for count in {1, default_threads()}}
         text = (
             Tokenizer.from_file(str(root / chosen[0].bundle / "device" / "tokenizer.json"))
             .encode(validation_text())
@@ -185,11 +191,16 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         for index, configuration in enumerate(chosen):
             progress(f"run {configuration.bundle}", index, len(chosen))
-            predicted = predict(configuration, machines[configuration.threads])
-            row: dict[str, Any] = vars(configuration) | {"uncertainty": predicted.time_uncertainty}
             prompt = (text * (configuration.context // len(text) + 1))[: configuration.context - TIMED_TOKENS]
-            for name, value in measure(root / configuration.bundle, configuration, prompt).items():
-                row |= {f"predicted_{name}": getattr(predicted, name), f"measured_{name}": value}
+            predicted: list[Candidate] = []
+            measured: list[dict[str, float]] = []
+            for _ in range(args.repetitions):
+                predicted.append(predict(configuration, probe(threads=configuration.threads)))
+                measured.append(measure(root / configuration.bundle, configuration, prompt))
+            row: dict[str, Any] = vars(configuration) | {"uncertainty": predicted[0].time_uncertainty}
+            for name in measured[0]:
+                row[f"predicted_{name}"] = median(getattr(candidate, name) for candidate in predicted)
+                row[f"measured_{name}"] = median(values[name] for values in measured)
             rows.append(row)
     print(json.dumps(rows, indent=1) if args.json else table(rows))
 

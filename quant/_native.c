@@ -619,15 +619,15 @@ static PyObject *multiply(PyObject *module, PyObject *args) {
 
 /* Rows in the transform's basis without what their tokens predict, in steps; which of them lie within the limit. */
 static void transform(const float *inputs, Py_ssize_t rows, Py_ssize_t inner, const int16_t *matrix,
-                      const float *scales, const int8_t *predicted, const float *predicted_scale, const int64_t *ids,
-                      float limit, float step, float *outputs, Py_ssize_t width, uint8_t *ordinary) {
+                      const float *scales, const int8_t *predicted, const float *predicted_scale, float limit,
+                      float step, float *outputs, Py_ssize_t width, uint8_t *ordinary) {
     const float per_step = 1 / step;
     memset(outputs, 0, (size_t)(rows * width) * sizeof *outputs);
     for (Py_ssize_t row = 0; row < rows; row += ROWS_AT_ONCE)
         weigh_integers(inputs + row * inner, matrix, scales, outputs + row * width,
                        rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE, inner, width);
     for (Py_ssize_t row = 0; row < rows; row++) {
-        const int8_t *from = predicted + ids[row] * inner;
+        const int8_t *from = predicted + row * inner;
         float *output = outputs + row * width;
         double squares = 0;
         for (Py_ssize_t j = 0; j < width; j++) {
@@ -647,8 +647,8 @@ static PyObject *encode_hidden(PyObject *module, PyObject *args) {
         points, costs;
     float limit, step, bit;
     unsigned int seed;
-    if (!PyArg_ParseTuple(args, "y*y*w*w*w*y*y*y*y*ffy*y*y*y*fI", &hidden, &ids, &ordinary, &gains, &output, &matrix,
-                          &scales, &predicted, &predicted_scale, &limit, &step, &contexts, &cumulative, &points, &costs,
+    if (!PyArg_ParseTuple(args, "y*y*y*w*w*w*y*y*y*ffy*y*y*y*fI", &hidden, &ids, &predicted, &ordinary, &gains, &output,
+                          &matrix, &scales, &predicted_scale, &limit, &step, &contexts, &cumulative, &points, &costs,
                           &bit, &seed))
         return NULL;
     PyObject *result = NULL;
@@ -660,29 +660,28 @@ static PyObject *encode_hidden(PyObject *module, PyObject *args) {
         /* the error is set */
     } else if (!inner || model.width > inner || scales.len != inner * size || predicted_scale.len != inner * size ||
                matrix.len != inner * inner * (Py_ssize_t)sizeof(int16_t) || hidden.len != rows * inner * size ||
-               ids.len != rows * (Py_ssize_t)sizeof(int64_t) || predicted.len % inner ||
+               ids.len != rows * (Py_ssize_t)sizeof(int64_t) || predicted.len != rows * inner ||
                !fits(&model, &points) || !fits(&model, &costs) || seed >= LOW ||
-               largest(contexts.buf, model.width) + GAINS > model.tables ||
-               predicted.len / inner > (Py_ssize_t)(LOW - seed)) {
+               largest(contexts.buf, model.width) + GAINS > model.tables) {
         PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
     } else {
-        const int64_t *id = ids.buf, vocabulary = predicted.len / inner;
+        const int64_t *id = ids.buf;
         const Py_ssize_t width = model.width;
         int known = 1;
         for (Py_ssize_t row = 0; row < rows; row++)
-            known &= id[row] >= 0 && id[row] < vocabulary;
+            known &= id[row] >= 0 && id[row] < (int64_t)(LOW - seed);
         float *values = malloc((size_t)(rows * width + 1) * sizeof *values);
         int32_t *indices = malloc((size_t)(rows * width + 1) * sizeof *indices);
         if (!known) {
-            PyErr_SetString(PyExc_ValueError, "an id outside the vocabulary");
+            PyErr_SetString(PyExc_ValueError, "an id that the coder cannot begin with");
         } else if (!values || !indices) {
             PyErr_NoMemory();
         } else {
             Py_ssize_t coded = 0, start = output.len;
             Py_BEGIN_ALLOW_THREADS
             uint32_t first = 0;
-            transform(hidden.buf, rows, inner, matrix.buf, scales.buf, predicted.buf, predicted_scale.buf, id, limit,
-                      step, values, width, ordinary.buf);
+            transform(hidden.buf, rows, inner, matrix.buf, scales.buf, predicted.buf, predicted_scale.buf, limit, step,
+                      values, width, ordinary.buf);
             for (Py_ssize_t row = 0; row < rows; row++)
                 if (((const uint8_t *)ordinary.buf)[row]) {
                     if (!coded)
@@ -728,8 +727,8 @@ static PyMethodDef METHODS[] = {
     {"gains", gains, METH_VARARGS, "gains(values, contexts, found): of each row"},
     {"multiply", multiply, METH_VARARGS, "multiply(inputs, matrix, outputs, inner, stride, width)"},
     {"encode_hidden", encode_hidden, METH_VARARGS,
-     "encode_hidden(hidden, ids, ordinary, gains, output, matrix, scales, predicted, predicted_scale, limit, step, contexts, "
-     "cumulative, points, costs, bit, seed) -> offset in output"},
+     "encode_hidden(hidden, ids, predicted, ordinary, gains, output, matrix, scales, predicted_scale, limit, step, "
+     "contexts, cumulative, points, costs, bit, seed) -> offset in output"},
     {NULL, NULL, 0, NULL},
 };
 

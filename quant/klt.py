@@ -32,6 +32,7 @@ from ..errors import CodecError
 from .bitpack import pack, packed_bytes, unpack
 from .checks import check_finite, check_shape, shaped_hidden
 from .codec import Raw16
+from .stored_rows import StoredRows
 from .trellis import GAINS, Floats, TrellisTables, coder_output, native
 
 MAX_LEVELS = 8
@@ -65,7 +66,8 @@ class KLTTables:
     Attributes:
         forward: float32 ``[d_model, d_model]``, hidden state to coefficients, the largest variance first.
         inverse: float32 ``[d_model, d_model]``, its inverse.
-        predicted: int8 ``[vocab_size, d_model]``, each token's coefficients in units of ``predicted_scale``.
+        predicted: int8 ``[vocab_size, d_model]``, each token's coefficients in units of ``predicted_scale``; in
+            memory as they were fitted, or in the file.
         predicted_scale: float32 ``[d_model]``.
         limit: largest Euclidean norm of coefficients that are coded.
         levels: from fine to coarse.
@@ -73,7 +75,7 @@ class KLTTables:
 
     forward: Floats
     inverse: Floats
-    predicted: NDArray[np.int8]
+    predicted: NDArray[np.int8] | StoredRows
     predicted_scale: Floats
     limit: float
     levels: tuple[KLTLevel, ...]
@@ -90,11 +92,11 @@ class KLTTables:
             arrays[f"step.{number}"], arrays[f"bits.{number}"] = level.step, level.bits
             arrays |= {f"{field.name}.{number}": getattr(level.tables, field.name) for field in fields(TrellisTables)}
         np.savez(folder / _TABLES, **arrays)
-        np.save(folder / _PREDICTED, self.predicted)
+        np.save(folder / _PREDICTED, self.predicted[range(len(self.predicted))])
 
     @classmethod
     def load(cls, folder: Path, *, d_model: int, vocab_size: int) -> KLTTables:
-        """Read what `save` wrote; the prediction stays in the file and is mapped.
+        """Read what `save` wrote; the predictions stay in their file.
 
         Raises:
             CodecError: not there, damaged, or of another model.
@@ -102,7 +104,7 @@ class KLTTables:
         try:
             with np.load(folder / _TABLES, allow_pickle=False) as file:
                 arrays = dict(file)
-            predicted = np.load(folder / _PREDICTED, mmap_mode="r", allow_pickle=False)
+            predicted = StoredRows.of_npy(folder / _PREDICTED)
             levels: list[KLTLevel] = []
             while f"step.{len(levels)}" in arrays:
                 number = len(levels)
@@ -115,7 +117,7 @@ class KLTTables:
             result = cls(
                 arrays["forward"],
                 arrays["inverse"],
-                np.asarray(predicted),
+                predicted,
                 arrays["predicted_scale"],
                 float(arrays["limit"]),
                 tuple(levels),
@@ -157,7 +159,6 @@ class KLT:
         self._constants = (
             self._forward,
             self._forward_scale,
-            tables.predicted,
             tables.predicted_scale,
             tables.limit,
             chosen.step,
@@ -182,7 +183,8 @@ class KLT:
             )
         ordinary, gains = bytearray(tokens), bytearray(tokens)
         output = coder_output(tokens * self._width)
-        start = self._encode(hidden, array("q", token_ids), ordinary, gains, output, *self._constants)
+        predicted = self._tables.predicted[token_ids]
+        start = self._encode(hidden, array("q", token_ids), predicted, ordinary, gains, output, *self._constants)
         first = self._level | gains[0] << _GAIN_SHIFT
         if tokens == 1 and ordinary[0]:
             return bytes((first,)) + output[start:]
@@ -232,7 +234,7 @@ class KLT:
         ids[1:] = np.frombuffer(view[at:gains_at], self._id_type)
         if ids.min() < 0 or ids.max() >= len(tables.predicted):
             raise CodecError("klt payload with a token outside the vocabulary; send the frame again")
-        coefficients = tables.predicted[ids] * tables.predicted_scale
+        coefficients = tables.predicted[ids.tolist()] * tables.predicted_scale
         coefficients[:, : level.tables.width] += values * np.float32(level.step)
         decoded = hidden if len(rows) == tokens else np.empty((len(rows), d_model), np.float32)
         native().multiply(coefficients, tables.inverse, decoded, d_model, d_model, d_model)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..devices.backend import Graph, require_onnxruntime
 from ..errors import RequestError
 from ..quant.nbits import PACKED_BITS, PackedWeight, dequantize
+from ..quant.stored_rows import StoredRows
 from .bundle import Bundle, KVSpec
 from .skipping import NO_BYPASS, Bypass, running_blocks, stretches
 
@@ -27,9 +28,9 @@ MAX_LANES = 8  # chunk lengths whose buffers are kept: one token, the prefill ch
 
 
 class Embedding:
-    """Rows of the embedding table, dequantized one by one from the memory-mapped file."""
+    """Rows of the embedding table, read and dequantized one by one."""
 
-    _zero_points: NDArray[np.uint8] | None = None
+    _zero_points: StoredRows | None = None
 
     def __init__(self, bundle: Bundle) -> None:
         segment = bundle.segments("embed")[0]
@@ -38,19 +39,18 @@ class Embedding:
         self._bits, self._block_size = segment.bits, segment.block_size
         path = bundle.path(segment.data_file)
 
-        def table(dtype: Any, offset: int, columns: int) -> NDArray[Any]:
-            # A memmap, but indexed without its class's cost.
-            return np.asarray(np.memmap(path, dtype, "r", offset, (arch.vocab_size, columns)))
+        def stored(dtype: Any, offset: int, columns: int) -> StoredRows:
+            return StoredRows(path, dtype, offset, (arch.vocab_size, columns))
 
         if segment.bits in PACKED_BITS:
             blocks = -(-arch.d_model // segment.block_size)
-            self._rows = table(np.uint8, segment.codes_offset, blocks * segment.block_size * segment.bits // 8)
-            self._scales = table(np.float32, segment.scales_offset, blocks)
+            self._rows = stored(np.uint8, segment.codes_offset, blocks * segment.block_size * segment.bits // 8)
+            self._scales = stored(np.float32, segment.scales_offset, blocks)
             if not segment.tensors["embedding"].symmetric:
-                self._zero_points = table(np.uint8, segment.zero_points_offset, -(-blocks * segment.bits // 8))
+                self._zero_points = stored(np.uint8, segment.zero_points_offset, -(-blocks * segment.bits // 8))
         else:
             dtype = np.float16 if segment.bits == 16 else np.float32
-            self._rows = table(dtype, segment.codes_offset, arch.d_model)
+            self._rows = stored(dtype, segment.codes_offset, arch.d_model)
 
     def rows(self, token_ids: list[int]) -> NDArray[np.float32]:
         """Hidden states ``[tokens, d_model]`` float32 before the first layer.
@@ -59,13 +59,11 @@ class Embedding:
             RequestError: an id outside the vocabulary.
         """
         _check_ids(token_ids, self._vocab_size)
-        # Generation asks for one row at a time: as a view, which is 20 us cheaper than picked by a list.
-        chosen = token_ids if len(token_ids) > 1 else slice(token_ids[0], token_ids[0] + 1)
-        stored = self._rows[chosen]
+        stored = self._rows[token_ids]
         if self._bits not in PACKED_BITS:
             return stored.astype(np.float32)
-        scales = self._scales[chosen]
-        zero_points = None if self._zero_points is None else self._zero_points[chosen]
+        scales = self._scales[token_ids]
+        zero_points = None if self._zero_points is None else self._zero_points[token_ids]
         codes = stored.reshape(*scales.shape, -1)
         return dequantize(PackedWeight(codes, scales, self._d_model, self._bits, self._block_size, zero_points))
 
