@@ -4,8 +4,9 @@
 
 Exports the bundles that are missing in the folder, and runs each configuration in a process of its own (and a server
 in another, over loopback and TLS): a prompt that fills the context but for the last tokens, which are timed, without
-drafts. Predictions are those of `isthmus plan` for this machine, which is probed before each run: a shared one's speed
-changes within minutes. Nothing else should run.
+drafts. Prompts are what the model wrote itself, other text for each repetition, and it goes on by sampling. Predictions
+are those of `isthmus plan` for this machine, which is probed before each run: a shared one's speed changes within
+minutes. Nothing else should run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from typing import Any
 
 from processes import serving
 from tabulate import tabulate
-from tokenizers import Tokenizer
 
 from isthmus.cli.progress import progress_bar
 from isthmus.devices.backend import default_threads
@@ -33,6 +33,7 @@ from isthmus.devices.link import link_profile
 from isthmus.devices.probe import probe
 from isthmus.devices.profile import DeviceProfile
 from isthmus.export.accuracy import find_accuracy
+from isthmus.export.calibration import self_written_windows
 from isthmus.export.checkpoint import open_checkpoint
 from isthmus.export.export import export_bundle
 from isthmus.export.families import family_of
@@ -40,7 +41,6 @@ from isthmus.export.grid import Grid
 from isthmus.export.limits import Limits
 from isthmus.export.plan import Candidate
 from isthmus.export.sources import resolve_model
-from isthmus.export.validate import validation_text
 
 MODEL = "smollm2-135m-instruct"
 TIMED_TOKENS = 48
@@ -114,9 +114,18 @@ def predict(configuration: Configuration, machine: DeviceProfile) -> Candidate:
     return next(c for c in grid.candidates() if all(getattr(c, name) == value for name, value in wanted.items()))
 
 
-def measure(folder: Path, configuration: Configuration, prompt: list[int]) -> dict[str, float]:
+def prompt_of(windows: list[list[int]], context: int, repetition: int) -> list[int]:
+    """What the model wrote itself and no codec was fitted to, other text for each repetition."""
+    first = CALIBRATION_TOKENS // len(windows[0])
+    text = [token for window in windows[first:] for token in window]
+    length = context - TIMED_TOKENS
+    return text[repetition * length :][:length]
+
+
+def measure(folder: Path, configuration: Configuration, prompt: list[int], seed: int) -> dict[str, float]:
     """Run it in a process of its own: peak resident memory in MB, median ms and mean bytes up of the last tokens."""
     command = [*ISTHMUS, "generate", str(folder / "device"), "--prompt-ids", ",".join(map(str, prompt))]
+    command += ["--temperature", "1", "--seed", str(seed)]
     command += [
         "-n",
         str(TIMED_TOKENS),
@@ -138,6 +147,8 @@ def measure(folder: Path, configuration: Configuration, prompt: list[int]) -> di
     if done.returncode:
         sys.exit(done.stderr)
     tokens = json.loads(done.stdout)["tokens"][1:]
+    if len(tokens) < TIMED_TOKENS // 2:  # the text has ended; it may also go on
+        return measure(folder, configuration, prompt, seed + 1000)
     return {
         "memory_mb": int(done.stderr.split()[-1]) * 1024 / 1e6,
         "ms_per_token": median(token["ms"] for token in tokens),
@@ -162,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="where bundles are kept (default: a temporary one)")
     parser.add_argument(
-        "--repetitions", type=int, default=3, metavar="N", help="median of so many (default %(default)s)"
+        "--repetitions", type=int, default=3, metavar="N", help="of each configuration (default %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
@@ -183,24 +194,22 @@ def main() -> None:
                     front_kv_bits=configuration.kv_bits,
                     calibration_tokens=CALIBRATION_TOKENS,
                 )
-        text = (
-            Tokenizer.from_file(str(root / chosen[0].bundle / "device" / "tokenizer.json"))
-            .encode(validation_text())
-            .ids
-        )
+        checkpoint = open_checkpoint(resolve_model(MODEL, offline=True))
+        family = family_of(checkpoint.config)
+        windows = self_written_windows(checkpoint, family, family.architecture(checkpoint.config))
         rows: list[dict[str, Any]] = []
         for index, configuration in enumerate(chosen):
             progress(f"run {configuration.bundle}", index, len(chosen))
-            prompt = (text * (configuration.context // len(text) + 1))[: configuration.context - TIMED_TOKENS]
             predicted: list[Candidate] = []
             measured: list[dict[str, float]] = []
-            for _ in range(args.repetitions):
+            for repetition in range(args.repetitions):
+                prompt = prompt_of(windows, configuration.context, repetition)
                 predicted.append(predict(configuration, probe(threads=configuration.threads)))
-                measured.append(measure(root / configuration.bundle, configuration, prompt))
+                measured.append(measure(root / configuration.bundle, configuration, prompt, repetition))
             row: dict[str, Any] = vars(configuration) | {"uncertainty": predicted[0].time_uncertainty}
-            for name in measured[0]:
-                row[f"predicted_{name}"] = median(getattr(candidate, name) for candidate in predicted)
-                row[f"measured_{name}"] = median(values[name] for values in measured)
+            for name, middle in (("memory_mb", median), ("ms_per_token", median), ("bytes_per_token", mean)):
+                row[f"predicted_{name}"] = middle(getattr(candidate, name) for candidate in predicted)
+                row[f"measured_{name}"] = middle(values[name] for values in measured)
             rows.append(row)
     print(json.dumps(rows, indent=1) if args.json else table(rows))
 
