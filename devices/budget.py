@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from ..errors import MemoryLimitError, RequestError
 
-INTERPRETER_MB = 103.0  # Python, NumPy, onnxruntime and gRPC: 40 of its own, the rest mapped libraries
+INTERPRETER_MB = 95.0  # Python, NumPy, onnxruntime and gRPC: 40 of its own, the rest mapped libraries
 TOKENIZER_BYTES = 590  # per entry of the vocabulary, in the tokenizer's tables
 GRAPH_MB = 1.5  # of one opened graph beside its weights
 ARENA_MB = 4.0  # of onnxruntime's arena beside the activations that are counted

@@ -371,7 +371,7 @@ def test_if_nothing_fits_the_command_says_what_would(measured, capsys):
     model, cache = measured
     arguments = ["plan", model, "--device", "raspberry-pi-4", "--link", "wifi", "--cache", str(cache)]
     arguments += ["--context", "64", "--prompt-tokens", "8"]
-    assert main([*arguments, "--memory", "110MB"]) == 1
+    assert main([*arguments, "--memory", "102MB"]) == 1
     assert "it would have to be" in capsys.readouterr().out
     assert main([*arguments, "--memory", "110"]) == 1
     assert "with its unit" in capsys.readouterr().err
