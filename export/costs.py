@@ -26,7 +26,7 @@ from .plan import Candidate
 FRONT_BITS = BACK_BITS = (2, 4, 8, 16, 32)
 KV_BITS = (32, 8, 4)
 SERVER_CHUNK = 512  # tokens of the largest frame that a server takes
-FRAMING_BYTES = 26  # of a step beside its payload
+CRC_FIELD, SAMPLE_FIELD = 5, 2  # bytes
 PACKET_BYTES = 90  # of TLS, HTTP/2, TCP and IP around a step or its answer
 LINK_UNCERTAINTY = 0.1
 TABLE_MATRICES = 3  # of d_model squared, which a calibrated codec keeps in memory
@@ -107,8 +107,9 @@ class Costs:
         """Bytes of one decoded token's step by split."""
         return {
             (codec, level): {
-                split: FRAMING_BYTES
-                + self.arch.d_model * self.accuracy.codec_bits(split, codec, level, decode=True) / 8
+                split: self.step_bytes(
+                    self.arch.d_model * self.accuracy.codec_bits(split, codec, level, decode=True) / 8
+                )
                 for split in range(1, self.arch.layers)
             }
             for codec, level, _ in self.levels
@@ -133,7 +134,7 @@ class Costs:
         def times(codec: str, level: int | None, split: int) -> tuple[float, float]:
             chunk_bytes = chunk * self.arch.d_model * self.prefill_bits[codec, level][split] / 8
             one = self.transfer(self.sent[codec, level][split], up=True)
-            return one, self.transfer(FRAMING_BYTES + chunk_bytes, up=True)
+            return one, self.transfer(self.step_bytes(chunk_bytes, tokens=chunk), up=True)
 
         return {
             (codec, level): {split: times(codec, level, split) for split in range(1, self.arch.layers)}
@@ -268,6 +269,13 @@ class Costs:
         )
         return estimate_memory(needs).total_mb
 
+    def step_bytes(self, payload: float, *, tokens: int = 1) -> float:
+        """Of a step's message at the end of the context, with a payload of so many bytes."""
+        steps = self.limits.context - self.limits.prompt_tokens
+        frame = _field(tokens) + _field(payload) + payload + CRC_FIELD
+        step = _field(steps) + _field(self.limits.context) + SAMPLE_FIELD + _field(frame) + frame
+        return _field(step) + step
+
     def transfer(self, bytes_: float, *, up: bool) -> float:
         """Ms of so many bytes one way, packet headers added."""
         return self.link.transfer_ms(bytes_ + PACKET_BYTES, up=up)
@@ -277,3 +285,8 @@ class Costs:
         server = self.server.uncertainty if self.server is not None else 0.0
         errors = self.device.uncertainty * device_ms, LINK_UNCERTAINTY * link_ms, server * server_ms
         return math.hypot(*errors) / max(device_ms + link_ms + server_ms, 1e-9)
+
+
+def _field(value: float) -> int:
+    """Bytes of a tag and a number, or a length, as protobuf writes them."""
+    return 1 + max(1, -(-int(value).bit_length() // 7))

@@ -27,7 +27,6 @@ from .plan import MODES, Candidate
 
 HAND_OVERS = (0.25, 0.5, 0.75)  # of the new tokens
 
-IDS_FRAMING_BYTES = 21  # where that is a few token ids; 19 before position 128
 RESULT_BYTES = 34  # of its answer
 RPC_MS = 0.9  # gRPC and both loops, on one machine
 CONNECT_ROUND_TRIPS = 3  # TCP, TLS, Hello and Open together
@@ -153,10 +152,9 @@ class Grid:
     def _server_only(self) -> Iterator[Candidate]:
         layers, new, speed = self.arch.layers, self.limits, self._costs.server_speed
         chunks = -(-new.prompt_tokens // CHUNK)
-        sent, prompt = (
-            IDS_FRAMING_BYTES * steps + id_bytes(self.arch.vocab_size) * tokens
-            for steps, tokens in ((1, 1), (chunks, new.prompt_tokens))
-        )
+        one = id_bytes(self.arch.vocab_size)
+        sent = self._costs.step_bytes(one)
+        prompt = chunks * self._costs.step_bytes(one * new.prompt_tokens / chunks, tokens=min(CHUNK, new.prompt_tokens))
         network = self._costs.transfer(sent, up=True) + self._costs.transfer(RESULT_BYTES, up=False) + RPC_MS
         first = self._costs.transfer(prompt, up=True) + self._costs.transfer(RESULT_BYTES, up=False) + RPC_MS
         for bits in BACK_BITS:

@@ -14,6 +14,7 @@ from isthmus.devices.profile import load_profile
 from isthmus.errors import PlanError
 from isthmus.export.accuracy import AccuracyTable, CodecPoint, accuracy_path
 from isthmus.export.checkpoint import open_checkpoint
+from isthmus.export.costs import Costs
 from isthmus.export.draft_costs import DRAFT_LENGTHS, DraftFigures, Wait
 from isthmus.export.grid import Grid
 from isthmus.export.limits import Limits
@@ -21,6 +22,7 @@ from isthmus.export.plan import read_plan
 from isthmus.export.planner import export_options, make_plan, search
 from isthmus.runtime.bundle import Architecture, open_bundle
 from isthmus.runtime.server.server import BackServer
+from isthmus.runtime.wire.framing import step_message
 from isthmus.runtime.wire.security import ServerSecurity
 
 LAYERS = 6
@@ -153,6 +155,17 @@ def test_a_hand_over_needs_the_memory_of_all_layers_and_its_worst_token_waits_fo
     )
     assert moved.memory_mb > split.memory_mb
     assert moved.worst_ms > moved.ms_per_token
+
+
+@pytest.mark.parametrize("payload", [2, 100, 108, 127, 330, 2304, 20000])
+@pytest.mark.parametrize(
+    ("context", "prompt", "tokens"), [(100, 50, 1), (512, 464, 1), (2048, 512, 1), (2048, 100, 128)]
+)
+def test_a_steps_bytes_are_those_of_its_message(payload, context, prompt, tokens):
+    device, limits = load_profile("raspberry-pi-4"), Limits(context=context, prompt_tokens=prompt)
+    costs = Costs(ARCH, accuracy_table(), device, link_profile("wifi"), None, limits)
+    message = step_message(context - prompt, context, tokens, True, bytes(payload))
+    assert costs.step_bytes(payload, tokens=tokens) == len(message)
 
 
 def test_sending_token_ids_costs_what_a_step_of_them_does_and_needs_no_weights(everything):
