@@ -22,15 +22,23 @@ PROMPT = "A prompt of bytes."
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Variables that keep the development certificate out of the user's folder."""
+    """Variables that keep the development certificate out of the user's folder, and let SIGABRT print stacks."""
     home = str(tmp_path_factory.mktemp("home"))
-    return os.environ | {"HOME": home, "XDG_CONFIG_HOME": home}
+    return os.environ | {"HOME": home, "XDG_CONFIG_HOME": home, "PYTHONFAULTHANDLER": "1"}
 
 
 def run(environment: dict[str, str], *arguments: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*ISTHMUS, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=timeout
-    )
+    """A command to its end; one that hangs tells where."""
+    command = [*ISTHMUS, *map(str, arguments)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+            pytest.fail(f"{command} still ran after {timeout} s\n{process.communicate()[1]}")
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 @contextmanager
@@ -47,9 +55,12 @@ def serve(environment: dict[str, str], folder: Path, *options: str) -> Iterator[
             yield address, ["--insecure"]
         else:
             yield address, ["--tls-ca", line.strip().rstrip(")").split("certificate ")[1]]
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
+    except BaseException as error:
+        process.send_signal(signal.SIGABRT)
+        error.add_note(f"the server at that time:\n{process.communicate()[1]}")
+        raise
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
 
