@@ -35,8 +35,8 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         "--on-server-loss",
         choices=("wait", "replay", "local", "fail"),
         help="replay: make the session again, there or at the next address, with the same text; wait: the same with "
-        "more patience; local: go on with the device's own copy of all layers, or with --exit-agreement with its "
-        "draft; fail: give up (default: local with such a copy, else replay)",
+        "more patience; local: go on with the device's own copy of all layers until there is a server again, or with "
+        "--exit-agreement with its draft; fail: give up (default: local with such a copy, else replay)",
     )
     trust = parser.add_mutually_exclusive_group()
     trust.add_argument("--tls-ca", metavar="FILE", help="certificate (authority) to trust instead of the system's")

@@ -4,7 +4,8 @@ Source: arXiv 2511.04002, whose split is a point (w, l) in tokens and layers (B_
 reviews only): the device generates alone up to token w, runs that token through the layers below l and passes the rest
 on, either with the KV cache (I_kv = 1) or with the hidden states of all w tokens, from which the server makes its KV
 cache itself (I_kv = 0). Ours: the layers below l stay on the device, so that of the cache only the server's layers
-are sent, and from then on one hidden state a token; and a session comes back when the server is lost.
+are sent, and from then on one hidden state a token; and a session comes back when the server is lost, and moves there
+again once it, or another one, grants sessions.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .generate import PREFILL_CHUNK, Move, Replay, StepReport, Token, total
 
 if TYPE_CHECKING:  # gRPC loads only where a server is used
     from .link import RemoteBack
+    from .server_watch import ServerWatch
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +145,9 @@ class MovingBack:
     """The back half of a model that the device holds, too: here or on the server, and on the other side after a move.
 
     It keeps the hidden states at the split of all positions, ``4 * d_model`` bytes each: whichever side goes on runs
-    its layers over what they have not seen of them. With the codec ``raw32`` no move changes a bit. A session moves to
-    the server once; one that came back stays.
+    its layers over what they have not seen of them. With the codec ``raw32`` no move changes a bit. A session whose
+    server is lost, or does not take it at its hand-over, moves there with its hidden states when there is one again; it
+    waits twice as long each time, for on a link that comes and goes it would do nothing else.
 
     Args:
         own: the device's copy of the back.
@@ -177,6 +180,8 @@ class MovingBack:
         # Lengths, and tokens after them, that the own sampler does not know of yet.
         self._chosen_there: list[tuple[int, int]] = []
         self._there = self._plan is None
+        self._watch: ServerWatch | None = None
+        self._losses = 0
         self._own.open(max_tokens, sampling, context_ids, bypass)
         if self._there:
             self._remote.open(max_tokens, sampling, context_ids, bypass)
@@ -197,6 +202,8 @@ class MovingBack:
         end = position + len(hidden)
         if self._there:
             reports = self._run_there(position, end, sample=sample)
+        elif self._watch is not None and self._watch.found:
+            reports = self._hand_over("hidden", position, end, sample=sample)
         elif self._plan is not None and self._plan.at is not None and self._plan.at <= end:
             reports = self._hand_over(self._plan.send, max(position, self._plan.at - 1), end, sample=sample)
         else:
@@ -221,6 +228,8 @@ class MovingBack:
 
     def close(self, *, cancel: bool = False) -> None:
         """End the session on both sides."""
+        if self._watch is not None:
+            self._watch.stop()
         self._remote.close(cancel=cancel)
         self._own.close()
 
@@ -250,15 +259,15 @@ class MovingBack:
             return self._send_hidden(first, end, sample=sample)
         except LinkError as error:
             logger.warning("%s; from token %d on the device goes on alone", error, first + 1)
-        lost = self._left(sent_before, started)
+            lost = self._left(error, sent_before, started)
         unseen = end - self._own.length
         reports = self._run_here(end, sample=sample)
         self.moves.append(Move("local", first + 1, "", unseen, lost.bytes_up, perf_counter() - started))
         return [lost, *reports]
 
     def _hand_over(self, send: Send, first: int, end: int, *, sample: bool) -> list[StepReport]:
-        """Move to the server, which goes on at position ``first``; stay here for good if that fails."""
-        self._plan = None
+        """Move to the server, which goes on at position ``first``; stay here if that fails."""
+        self._plan = self._watch = None
         before = self._run_here(first, sample=False)
         started = perf_counter()
         history = self._own.history if self._penalised else ()
@@ -268,7 +277,7 @@ class MovingBack:
             reports = self._send_hidden(first if send == "kv" else 0, end, sample=sample)
         except LinkError as error:
             logger.warning("%s; the hand-over at token %d failed, the device goes on alone", error, first + 1)
-            lost = self._left(0, started)
+            lost = self._left(error, 0, started)
             return [*before, lost, *self._run_here(end, sample=sample)]
         self._there = True
         seconds = perf_counter() - started
@@ -291,9 +300,11 @@ class MovingBack:
             for at, last in _chunks(first, end, limit)
         ]
 
-    def _left(self, sent_before: int, started: float) -> StepReport:
-        """Give the server up, and tell what a step cost that was lost there."""
+    def _left(self, error: LinkError, sent_before: int, started: float) -> StepReport:
+        """Give the server up until there is one again, and tell what a step cost that was lost there."""
         self._there = False
+        self._watch = self._remote.watch(error, self._losses)
+        self._losses += 1
         bytes_up = self._remote.bytes_up - sent_before
         self._remote.close(cancel=True)
         return StepReport(bytes_up=bytes_up, wait_s=perf_counter() - started)

@@ -31,7 +31,8 @@ from ..wire.security import ChannelSecurity
 from ..wire.transport import PIPELINE_DEPTH, RESULTS_KEPT
 from .generate import Move, Replay, StepReport
 from .journal import Journal
-from .remote_session import Peers, RemoteSession
+from .remote_session import Peers, RemoteSession, passes
+from .server_watch import ServerWatch
 from .verification import Answer, Question, checked_tokens
 
 if TYPE_CHECKING:
@@ -172,6 +173,18 @@ class RemoteBack:
         self._questions.clear()
         self._told_up = 0
         self._session.open(max_tokens, sampling, context_ids, bypass)
+
+    def watch(self, lost: LinkError, before: int) -> ServerWatch | None:
+        """Watch, beside what this object carries, for a server that grants sessions again.
+
+        Args:
+            lost: why there is none.
+            before: times that it was lost before; the first trial waits twice as long for each.
+
+        Returns:
+            None if none will: it is not trusted, or refuses what time does not change.
+        """
+        return ServerWatch(self._try_session, before) if passes(lost) else None
 
     def step(
         self, hidden: NDArray[np.float32], position: int, token_ids: Sequence[int] = (), *, sample: bool
@@ -351,6 +364,12 @@ class RemoteBack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(cancel=kind is not None)
+
+    def _try_session(self) -> None:
+        """Open a session of its own and end it; any thread may."""
+        trial = RemoteSession(self._peers)
+        trial.open(1, Sampling(), ())
+        trial.close()
 
     def _renumber(self, steps: Mapping[int, int]) -> None:
         """Call steps on their way as the session that was made again does."""

@@ -101,7 +101,7 @@ class EdgeModel:
             overlap: whether the device guesses on while it waits.
             on_server_loss: ``replay`` makes a lost session again, on the same server or another one, from what was
                 sent; ``wait`` does so, too, and has more patience; ``local`` goes on with the device's own copy of the
-                layers, or with exits with the draft alone; ``fail`` gives up. By default ``local`` if there is a copy,
+                layers until there is a server again, or with exits with the draft alone; ``fail`` gives up. By default ``local`` if there is a copy,
                 else ``replay``. No text depends on it, but for rounding in the codec where the device goes on with its
                 copy; the draft alone writes a worse one.
             exit_agreement: the device takes the trained draft's token without asking the server where the draft is so

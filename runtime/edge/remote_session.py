@@ -41,6 +41,13 @@ _SESSION_LOST = ("SESSION_UNKNOWN", "INTERNAL", "DRAINING")
 _TRY_AGAIN = ("SERVER_FULL", "DRAINING", "INTERNAL", "BAD_CRC", "OUT_OF_ORDER")
 
 
+def passes(error: LinkError) -> bool:
+    """Whether a new session may be had where one was lost or refused, now or later."""
+    if isinstance(error, ProtocolError):
+        return error.code in (*_TRY_AGAIN, *_SESSION_LOST)
+    return not isinstance(error, SecurityError)
+
+
 @dataclass(frozen=True)
 class Peers:
     """The servers that may have a session, and how they are spoken to; see `isthmus.runtime.edge.link.RemoteBack`."""
