@@ -35,7 +35,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         "--on-server-loss",
         choices=("wait", "replay", "local", "fail"),
         help="replay: make the session again, there or at the next address, with the same text; wait: the same with "
-        "more patience; local: go on with the device's own copy of all layers until there is a server again, or with "
+        "more patience; local: go on until there is a server again, with the device's own copy of all layers, or with "
         "--exit-agreement with its draft; fail: give up (default: local with such a copy, else replay)",
     )
     trust = parser.add_mutually_exclusive_group()

@@ -5,6 +5,8 @@ The draft (one layer over the front's hidden states, and a head) is the exit; ho
 asks for a token: the server's layers see every position once and in order, so that its KV cache is that of a run which
 was given the exited tokens as a prompt. What waits at the text's end is not sent. A frame is an ordinary step, so that
 sessions are journalled and made again as without exits.
+
+A device that may go on without its server keeps all hidden states: when one grants a session again, it gets them all.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from .unsent_text import UnsentText
 
 if TYPE_CHECKING:  # gRPC loads only where a server is used
     from .link import RemoteBack
+    from .server_watch import ServerWatch
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,8 @@ class ExitTokens:
         text: that is to be continued.
         back: its session is open.
         threshold: probability that the draft must give its token.
-        alone: whether the device goes on with the draft when the server is lost.
+        alone: whether the device goes on with the draft when the server is lost, until there is one again; the text
+            keeps what was sent then.
         split: layers of the front.
         layers: of the whole model.
     """
@@ -43,15 +47,23 @@ class ExitTokens:
         self._threshold, self._may_go_on = threshold, alone
         self._exit_layers, self._layers = split + 1, layers
         self._lost = False
+        self._losses = 0
+        self._watch: ServerWatch | None = None
 
     def __iter__(self) -> Iterator[Token]:
         """Prefill the prompt, then yield tokens."""
-        return self._text.until_end(self._next)
+        try:
+            yield from self._text.until_end(self._next)
+        finally:
+            if self._watch is not None:
+                self._watch.stop()
 
     def _next(self) -> Token:
         text = self._text
         started, busy = perf_counter(), text.front.onnxruntime_seconds
         reports: list[StepReport] = []
+        if self._watch is not None and self._watch.found:
+            reports.append(self._rejoin())
         while text.behind:
             if text.waiting == text.chunk:
                 reports.append(self._send(sample=False))
@@ -91,9 +103,37 @@ class ExitTokens:
         except LinkError as error:
             if not self._may_go_on:
                 raise
-            logger.warning("%s; from token %d on the device goes on with its draft", error, len(self._text.ids) + 1)
+            number = len(self._text.ids) + 1
+            logger.warning("%s; from token %d on the device goes on with its draft", error, number)
+            report = self._left(error, sent_before, started)
+        self._back.moves = (*self._back.moves, Move("local", number, "", 0, report.bytes_up, report.wait_s))
+        return report
+
+    def _rejoin(self) -> StepReport:
+        """Begin the session anew on a server and send it all hidden states; stay alone if that fails."""
+        started, text = perf_counter(), self._text
+        self._watch = None
+        text.unsend()
+        sent = text.waiting
+        try:
+            self._back.reopen()
+            reports = []
+            while text.waiting:
+                reports.append(self._back.step(*text.take(), sample=False))
+        except LinkError as error:
+            logger.warning("%s; the device still goes on with its draft", error)
+            return self._left(error, 0, started)
+        self._lost = False
+        report, seconds = total(reports), perf_counter() - started
+        move = Move("server", len(text.ids) + 1, "hidden", sent, report.bytes_up, seconds)
+        self._back.moves = (*self._back.moves, move)
+        return report
+
+    def _left(self, error: LinkError, sent_before: int, started: float) -> StepReport:
+        """Give the server up until there is one again; what was sent to it in vain."""
         self._lost = True
-        seconds, bytes_up = perf_counter() - started, self._back.bytes_up - sent_before
-        self._back.moves = (*self._back.moves, Move("local", len(self._text.ids) + 1, "", 0, bytes_up, seconds))
+        self._watch = self._back.watch(error, self._losses)
+        self._losses += 1
+        bytes_up = self._back.bytes_up - sent_before
         self._back.close(cancel=True)
-        return StepReport(bytes_up=bytes_up, wait_s=seconds)
+        return StepReport(bytes_up=bytes_up, wait_s=perf_counter() - started)

@@ -99,6 +99,7 @@ class RemoteBack:
         self._session = RemoteSession(self._peers)
         self._questions: deque[Question] = deque()  # submitted steps that were not collected
         self._told_up = 0  # bytes sent that are in a report
+        self._opening: tuple[int, Sampling, Sequence[int], Bypass] = (0, Sampling(), (), NO_BYPASS)
 
     @property
     def limits(self) -> pb.Limits:
@@ -170,9 +171,14 @@ class RemoteBack:
         if self._session.is_open:
             raise RequestError("the link carries a session already; close() it first")
         self._session = RemoteSession(self._peers, self._renumber)
+        self._opening = max_tokens, sampling, context_ids, bypass
         self._questions.clear()
         self._told_up = 0
         self._session.open(max_tokens, sampling, context_ids, bypass)
+
+    def reopen(self) -> None:
+        """Begin the session that was opened last anew, empty, when it is lost; see `open`."""
+        self.open(*self._opening)
 
     def watch(self, lost: LinkError, before: int) -> ServerWatch | None:
         """Watch, beside what this object carries, for a server that grants sessions again.

@@ -100,10 +100,10 @@ class EdgeModel:
             draft_length: most guesses that wait for an answer; by default as many as pay, at most `MAX_DRAFTS`.
             overlap: whether the device guesses on while it waits.
             on_server_loss: ``replay`` makes a lost session again, on the same server or another one, from what was
-                sent; ``wait`` does so, too, and has more patience; ``local`` goes on with the device's own copy of the
-                layers until there is a server again, or with exits with the draft alone; ``fail`` gives up. By default ``local`` if there is a copy,
-                else ``replay``. No text depends on it, but for rounding in the codec where the device goes on with its
-                copy; the draft alone writes a worse one.
+                sent; ``wait`` does so, too, and has more patience; ``local`` goes on until there is a server again,
+                with the device's own copy of the layers, or with exits with the draft alone; ``fail`` gives up. By
+                default ``local`` if there is a copy, else ``replay``. No text depends on it, but for rounding in the
+                codec where the device goes on with its copy; the draft alone writes a worse one.
             exit_agreement: the device takes the trained draft's token without asking the server where the draft is so
                 sure that at least this share of all tokens is what the full model would have chosen after the same
                 ones, by a calibration whose risk is `isthmus.runtime.exits.RISK`. The text is no longer exactly the
@@ -155,7 +155,7 @@ class EdgeModel:
             self._exit_threshold = exit_threshold(exit_agreement, bundle, trained, deadline=deadline_ms is not None)
         limit_mb = process_limit_mb(memory_limit_mb)
         codec = codec or default_codec(bundle)
-        kept = kept_bytes(codec, manifest.architecture.d_model) if self._replays else 0
+        kept = self._kept_bytes(codec)
         check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=limit_mb, draft=trained, kept_bytes=kept)
         self._levels = open_levels(bundle, codec)
         self._level = checked_level(self._levels, level)
@@ -303,10 +303,12 @@ class EdgeModel:
         threshold = self._exit_threshold if exits else None
         if threshold is not None and trained is not None and (controller is None or self._verifies(back)):
             remote = cast("RemoteBack", back)
-            text = UnsentText(self._embedding, front, trained, ids, chunk_limit=remote.chunk_limit(), **bounds)
+            alone = self._on_server_loss == "local"
+            limit = remote.chunk_limit()
+            text = UnsentText(self._embedding, front, trained, ids, chunk_limit=limit, keeps=alone, **bounds)
             depths: Any = {"threshold": threshold, "split": self.manifest.split, "layers": layers}
             if controller is None:
-                tokens = iter(ExitTokens(text, remote, alone=self._on_server_loss == "local", **depths))
+                tokens = iter(ExitTokens(text, remote, alone=alone, **depths))
             else:
                 tokens = iter(TimelyTokens(text, remote, controller=controller, **depths))
         elif mode != "off" and hand_over is None and self._verifies(back):
@@ -448,10 +450,12 @@ class EdgeModel:
         self._told_old = True
         return False
 
-    @property
-    def _replays(self) -> bool:
-        """Whether a session that is lost with its server is made again."""
-        return bool(self._server) and self._on_server_loss in ("replay", "wait")
+    def _kept_bytes(self, codec: str) -> int:
+        """Of each position, that are kept for when the server is lost."""
+        if not self._server or self._on_server_loss == "fail":
+            return 0
+        d_model = self.manifest.architecture.d_model
+        return 4 * d_model if self._on_server_loss == "local" else kept_bytes(codec, d_model)
 
     @property
     def server(self) -> str | None:

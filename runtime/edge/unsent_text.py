@@ -26,6 +26,7 @@ class UnsentText:
         chunk_limit: most rows that the back takes in one frame.
         max_new_tokens: that are generated at most.
         end_tokens: that end the text.
+        keeps: hidden states that were sent, for `unsend`: ``4 * d_model`` bytes a position.
 
     Attributes:
         ids: prompt and tokens so far.
@@ -45,6 +46,7 @@ class UnsentText:
         chunk_limit: int,
         max_new_tokens: int,
         end_tokens: Sequence[int],
+        keeps: bool = False,
     ) -> None:
         self.ids = list(prompt_ids)
         self.front, self.draft = front, draft
@@ -53,6 +55,8 @@ class UnsentText:
         self._embedding = embedding
         self._prompt = len(self.ids)
         self._max_new_tokens, self._end_tokens = max_new_tokens, frozenset(end_tokens)
+        self._keeps = keeps
+        self._sent: list[NDArray[np.float32]] = []
         self._unsent: list[NDArray[np.float32]] = []
 
     @property
@@ -74,11 +78,21 @@ class UnsentText:
         self.waiting += len(hidden)
 
     def take(self) -> tuple[NDArray[np.float32], int, list[int]]:
-        """The hidden states that were not sent, the first one's position, and their tokens; they count as sent."""
-        rows, waiting = np.concatenate(self._unsent), self.waiting
-        self._unsent, self.waiting = [], 0
-        position = self.front.cache.length - waiting
-        return rows, position, self.ids[position : position + waiting]
+        """The hidden states that were not sent, up to a frame of them, the first one's position, and their tokens.
+
+        They count as sent.
+        """
+        rows, position = np.concatenate(self._unsent), self.front.cache.length - self.waiting
+        rows, rest = rows[: self.chunk], rows[self.chunk :]
+        self._unsent, self.waiting = [rest] if len(rest) else [], len(rest)
+        if self._keeps:
+            self._sent.append(rows)
+        return rows, position, self.ids[position : position + len(rows)]
+
+    def unsend(self) -> None:
+        """Nothing counts as sent any more: the session is a new one."""
+        self._unsent, self._sent = [*self._sent, *self._unsent], []
+        self.waiting = self.front.cache.length
 
     def until_end(self, decide: Callable[[], Token]) -> Iterator[Token]:
         """Tokens as they are decided, until an end token (yielded too) or ``max_new_tokens``."""

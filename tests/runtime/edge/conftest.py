@@ -1,8 +1,10 @@
-"""Bundles whose tokens can be drafted."""
+"""Bundles whose tokens can be drafted, and generations whose server comes and goes."""
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from safetensors.numpy import load_file, save_file
 from isthmus.export.export import export_bundle
 from isthmus.runtime.bundle import FileEntry, open_bundle
 from isthmus.runtime.draft_bundle import DRAFT_SCHEMA, DraftRecord
+from isthmus.runtime.edge import server_watch
 from isthmus.runtime.edge.draft_pace import DraftPace
+from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.server.server import BackServer
 from isthmus.runtime.wire.security import ServerSecurity
 
@@ -85,3 +89,60 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def _always_drafting(self: DraftPace, made: Callable[[DraftPace], None] = DraftPace.__init__) -> None:
     made(self)
     self.drafting = True
+
+
+class Away:
+    """A generation over a link that is there, then not, then there again."""
+
+    def __init__(self, model: EdgeModel, proxy: Any, eventually: Callable[..., bool], prompt: Any, **options: Any):
+        self.stream = model.tokens(prompt, **options)
+        self.proxy = proxy
+        self._left, self._eventually = iter(self.stream), eventually
+        self.tokens: list[Any] = []
+
+    @property
+    def watched(self) -> bool:
+        """Whether the device tries to find a server."""
+        return "isthmus-server-watch" in [thread.name for thread in threading.enumerate()]
+
+    def until(self, number: int) -> None:
+        """Go on to so many tokens."""
+        self.tokens += itertools.islice(self._left, number - len(self.tokens))
+
+    def lose(self) -> None:
+        """Let no connection through."""
+        self.proxy.accepting = False
+        self.proxy.cut()
+
+    def find(self) -> None:
+        """Let connections through, and wait until the device has noticed."""
+        self.proxy.accepting = True
+        assert self._eventually(lambda: not self.watched)
+
+    def end(self, number: int) -> tuple[list[int], str, list[Any]]:
+        """Ids, a letter for each that says who chose it, and moves as (to, new tokens, what was sent)."""
+        self.until(number)
+        self.stream.close()
+        moves = [(move.to, move.token - len(self.stream.prompt_ids), move.send) for move in self.stream.moves]
+        return [token.id for token in self.tokens], "".join(token.source[0] for token in self.tokens), moves
+
+
+@pytest.fixture(autouse=True)
+def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is alone stays it for the length of a test, but for those with `make_away`."""
+    monkeypatch.setattr(server_watch, "FIRST_PAUSE_S", 1000.0)
+    monkeypatch.setattr(server_watch, "LONGEST_PAUSE_S", 1000.0)
+
+
+@pytest.fixture
+def make_away(
+    unwatched: None, make_proxy: Callable[..., Any], eventually: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Away]:
+    """Begin a generation of what a function opens for an address, with a proxy before the server."""
+    monkeypatch.setattr(server_watch, "FIRST_PAUSE_S", 0.02)
+
+    def make(server: BackServer, open_model: Callable[[str], EdgeModel], prompt: Any, **options: Any) -> Away:
+        proxy = make_proxy(server.address)
+        return Away(open_model(proxy.address), proxy, eventually, prompt, **options)
+
+    return make

@@ -156,6 +156,32 @@ def test_without_the_server_the_device_goes_on_with_its_draft(calibrated, median
     assert {token.source for token in result.tokens[lost:]} == {"exit", "local"}
 
 
+@pytest.mark.parametrize("rows", [3, 128])
+def test_with_a_server_again_the_device_asks_it_again(calibrated, median_confidence, plain, make_away, rows):
+    folder = calibrated(median_confidence)
+    security, limits = ServerSecurity(insecure=True), ServerLimits(max_frame_tokens=rows)
+    with BackServer.from_bundle(folder / "server", threads=1, security=security, limits=limits) as server:
+        away = make_away(server, lambda address: open_model(folder, address, on_server_loss="local"), PROMPT)
+        for lost, found in ((15, 30), (45, 60)):
+            away.until(lost)
+            away.lose()
+            away.until(found)
+            away.find()
+        ids, chosen_by, moves = away.end(NEW_TOKENS)
+    assert ids == plain
+    assert [(to, send) for to, _, send in moves] == [("local", ""), ("server", "hidden")] * 2
+    first_lost, first_found, lost, found = (at - 1 for _, at, _ in moves)
+    assert (first_found, found) == (30, 60)
+    for part, alone in (
+        (slice(first_lost), False),
+        (slice(first_lost, 30), True),
+        (slice(30, lost), False),
+        (slice(lost, 60), True),
+        (slice(60, None), False),
+    ):
+        assert set(chosen_by[part]) == (set("el") if alone else set("es"))
+
+
 def test_a_lost_server_ends_a_generation_that_may_not_go_on(calibrated, median_confidence, make_proxy):
     folder = calibrated(median_confidence)
     with BackServer.from_bundle(folder / "server", threads=1, security=ServerSecurity(insecure=True)) as server:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import shutil
-import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,6 @@ def folder(tiny: Any) -> Path:
 @pytest.fixture
 def server(serve: Callable[..., BackServer], folder: Path) -> BackServer:
     return serve(folder)
-
-
-@pytest.fixture(autouse=True)
-def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No trial within a test: those about it set another pause."""
-    monkeypatch.setattr(server_watch, "FIRST_PAUSE_S", 1000.0)
-    monkeypatch.setattr(server_watch, "LONGEST_PAUSE_S", 1000.0)
 
 
 def device(folder: Path, address: str | None, codec: str = "raw32") -> EdgeModel:
@@ -469,55 +461,17 @@ def test_a_model_s_generations_do_not_touch_each_other(
 # And to the server again.
 
 
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_watch, "FIRST_PAUSE_S", 0.02)
-
-
-class Away:
-    """A generation over a link that is there, then not, then there again."""
-
-    def __init__(self, model: EdgeModel, proxy: Any, eventually: Callable[..., bool], **options: Any) -> None:
-        self._stream = model.tokens(PROMPT, max_new_tokens=NEW, **options)
-        self._left, self._proxy, self._eventually = iter(self._stream), proxy, eventually
-        self.tokens: list[Any] = []
-
-    def until(self, number: int) -> None:
-        """Go on to so many tokens."""
-        self.tokens += itertools.islice(self._left, number - len(self.tokens))
-
-    def lose(self) -> None:
-        self._proxy.accepting = False
-        self._proxy.cut()
-
-    def find(self) -> None:
-        """Let connections through, and wait until the device has noticed."""
-        self._proxy.accepting = True
-        assert self._eventually(lambda: self._stream._back._watch.found)
-
-    def end(self) -> tuple[list[int], str, list[Any]]:
-        """Ids, a letter for each that says who chose it, and moves as (to, new tokens, what was sent)."""
-        self.until(NEW)
-        self._stream.close()
-        moves = [(move.to, move.token - len(PROMPT), move.send) for move in self._stream.moves]
-        return [token.id for token in self.tokens], "".join(token.source[0] for token in self.tokens), moves
-
-
-@pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
 @pytest.mark.parametrize("plan", [None, HandOver(len(PROMPT) + 4, "kv")], ids=["split", "handed over"])
 def test_a_session_moves_to_the_server_again_when_it_can(
     folder: Path,
     server: BackServer,
-    make_proxy: Callable[..., Any],
+    make_away: Callable[..., Any],
     undisturbed: Callable[..., list[int]],
-    eventually: Callable[..., bool],
     plan: HandOver | None,
     sampling: Sampling,
 ) -> None:
-    proxy = make_proxy(server.address)
-    model = device(folder, proxy.address)
-    away = Away(model, proxy, eventually, sampling=sampling, hand_over=plan)
+    away = make_away(server, partial(device, folder), PROMPT, sampling=sampling, hand_over=plan)
     away.until(6)
     away.lose()
     away.until(10)
@@ -526,7 +480,7 @@ def test_a_session_moves_to_the_server_again_when_it_can(
     away.lose()
     away.until(17)
     away.find()
-    ids, chosen_by, moves = away.end()
+    ids, chosen_by, moves = away.end(NEW)
     assert ids == undisturbed(sampling)
     before = 4 if plan else 0
     assert chosen_by == "l" * before + "s" * (6 - before) + "l" * 4 + "s" * 3 + "l" * 4 + "s" * 7
@@ -534,56 +488,46 @@ def test_a_session_moves_to_the_server_again_when_it_can(
     assert server.sessions <= 2  # those of the broken streams end with their leases
 
 
-@pytest.mark.usefixtures("watched")
 def test_a_session_that_the_server_forgot_is_begun_there_again(
     folder: Path,
     serve: Callable[..., BackServer],
-    make_proxy: Callable[..., Any],
+    make_away: Callable[..., Any],
     undisturbed: Callable[..., list[int]],
     eventually: Callable[..., bool],
 ) -> None:
     server = serve(folder, lease_s=0.05)
-    proxy = make_proxy(server.address)
-    away = Away(device(folder, proxy.address), proxy, eventually)
+    away = make_away(server, partial(device, folder), PROMPT)
     away.until(5)
-    proxy.cut()
+    away.proxy.cut()
     assert eventually(lambda: server.sessions == 0)
     away.until(6)
     away.find()
-    ids, chosen_by, _ = away.end()
+    ids, chosen_by, _ = away.end(NEW)
     assert ids == undisturbed(SAMPLINGS[0])
     assert chosen_by == "s" * 5 + "l" + "s" * (NEW - 6)
 
 
-@pytest.mark.usefixtures("watched")
 def test_a_hand_over_that_failed_is_made_up_for(
-    folder: Path,
-    server: BackServer,
-    make_proxy: Callable[..., Any],
-    undisturbed: Callable[..., list[int]],
-    eventually: Callable[..., bool],
+    folder: Path, server: BackServer, make_away: Callable[..., Any], undisturbed: Callable[..., list[int]]
 ) -> None:
-    proxy = make_proxy(server.address)
-    away = Away(device(folder, proxy.address), proxy, eventually, hand_over=HandOver(len(PROMPT) + 2, "kv"))
+    away = make_away(server, partial(device, folder), PROMPT, hand_over=HandOver(len(PROMPT) + 2, "kv"))
     away.lose()
     away.until(5)
     away.find()
-    ids, chosen_by, moves = away.end()
+    ids, chosen_by, moves = away.end(NEW)
     assert ids == undisturbed(SAMPLINGS[0])
     assert chosen_by == "l" * 5 + "s" * (NEW - 5)
     assert moves == [("server", 5, "hidden")]
 
 
-@pytest.mark.usefixtures("watched")
 def test_a_generation_that_ends_alone_asks_for_no_server_any_more(
-    folder: Path, server: BackServer, make_proxy: Callable[..., Any], eventually: Callable[..., bool]
+    folder: Path, server: BackServer, make_away: Callable[..., Any], eventually: Callable[..., bool]
 ) -> None:
-    proxy = make_proxy(server.address)
-    away = Away(device(folder, proxy.address), proxy, eventually)
+    away = make_away(server, partial(device, folder), PROMPT)
     away.until(5)
     away.lose()
-    assert away.end()[1] == "s" * 5 + "l" * (NEW - 5)
-    assert eventually(lambda: "isthmus-server-watch" not in [thread.name for thread in threading.enumerate()])
+    assert away.end(NEW)[1] == "s" * 5 + "l" * (NEW - 5)
+    assert eventually(lambda: not away.watched)
 
 
 def test_trials_end_where_none_will_succeed(eventually: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
