@@ -65,7 +65,7 @@ class ExitTokens:
         if self._watch is not None and self._watch.found:
             reports.append(self._rejoin())
         while text.behind:
-            if text.waiting == text.chunk:
+            while text.waiting >= text.chunk:  # more than that after a session could not be begun anew
                 reports.append(self._send(sample=False))
             text.run(text.chunk - text.waiting)
         front_s, onnxruntime_s = perf_counter() - started, text.front.onnxruntime_seconds - busy

@@ -182,6 +182,24 @@ def test_with_a_server_again_the_device_asks_it_again(calibrated, median_confide
         assert set(chosen_by[part]) == (set("el") if alone else set("es"))
 
 
+def test_a_server_that_is_lost_again_at_once_is_found_again(calibrated, median_confidence, plain, make_away):
+    folder = calibrated(median_confidence)
+    security, limits = ServerSecurity(insecure=True), ServerLimits(max_frame_tokens=3)
+    with BackServer.from_bundle(folder / "server", threads=1, security=security, limits=limits) as server:
+        away = make_away(server, lambda address: open_model(folder, address, on_server_loss="local"), PROMPT)
+        away.until(15)
+        away.lose()
+        away.until(30)
+        away.find()
+        away.lose()
+        away.until(40)
+        away.find()
+        ids, chosen_by, moves = away.end(NEW_TOKENS)
+    assert ids == plain
+    assert [(to, send) for to, _, send in moves] == [("local", ""), ("server", "hidden")]
+    assert set(chosen_by[40:]) == set("es")
+
+
 def test_a_lost_server_ends_a_generation_that_may_not_go_on(calibrated, median_confidence, make_proxy):
     folder = calibrated(median_confidence)
     with BackServer.from_bundle(folder / "server", threads=1, security=ServerSecurity(insecure=True)) as server:

@@ -520,6 +520,23 @@ def test_a_hand_over_that_failed_is_made_up_for(
     assert moves == [("server", 5, "hidden")]
 
 
+def test_a_server_that_is_lost_again_at_once_is_found_again(
+    folder: Path, server: BackServer, make_away: Callable[..., Any], undisturbed: Callable[..., list[int]]
+) -> None:
+    away = make_away(server, partial(device, folder), PROMPT, sampling=SAMPLED)
+    away.until(5)
+    away.lose()
+    away.until(9)
+    away.find()
+    away.lose()
+    away.until(12)
+    away.find()
+    ids, chosen_by, moves = away.end(NEW)
+    assert ids == undisturbed(SAMPLED)
+    assert chosen_by == "s" * 5 + "l" * 7 + "s" * (NEW - 12)
+    assert moves == [("local", 5, ""), ("server", 12, "hidden")]
+
+
 def test_a_generation_that_ends_alone_asks_for_no_server_any_more(
     folder: Path, server: BackServer, make_away: Callable[..., Any], eventually: Callable[..., bool]
 ) -> None:
