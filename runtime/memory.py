@@ -56,7 +56,7 @@ def half_memory(
             for half in halves
             if half.segments("block")
         )
-        # Hidden states at the split, for a hand-over, or until the draft has run over them.
+        # Hidden states at the split: for a hand-over, or until the draft has run over them, or for a server again.
         + (4 * arch.d_model * positions if len(halves) > 1 else 0),
         positions=positions,
         chunk=chunk,

@@ -155,7 +155,7 @@ class EdgeModel:
             self._exit_threshold = exit_threshold(exit_agreement, bundle, trained, deadline=deadline_ms is not None)
         limit_mb = process_limit_mb(memory_limit_mb)
         codec = codec or default_codec(bundle)
-        kept = self._kept_bytes(codec)
+        kept = kept_bytes(codec, manifest.architecture.d_model) if self._replays else 0
         check_session(bundle, self.context, chunk=PREFILL_CHUNK, limit_mb=limit_mb, draft=trained, kept_bytes=kept)
         self._levels = open_levels(bundle, codec)
         self._level = checked_level(self._levels, level)
@@ -450,12 +450,10 @@ class EdgeModel:
         self._told_old = True
         return False
 
-    def _kept_bytes(self, codec: str) -> int:
-        """Of each position, that are kept for when the server is lost."""
-        if not self._server or self._on_server_loss == "fail":
-            return 0
-        d_model = self.manifest.architecture.d_model
-        return 4 * d_model if self._on_server_loss == "local" else kept_bytes(codec, d_model)
+    @property
+    def _replays(self) -> bool:
+        """Whether a session that is lost with its server is made again."""
+        return bool(self._server) and self._on_server_loss in ("replay", "wait")
 
     @property
     def server(self) -> str | None:
