@@ -82,8 +82,7 @@ class Front:
             LinkError: the address cannot be bound.
             SecurityError: certificate or key cannot be used.
         """
-        limits = self.fleet.options.limits
-        streams = self.fleet.most * (2 * limits.max_sessions + 16)
+        streams = self.fleet.most * self.fleet.options.limits.streams
         server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=streams)
         server.add_generic_rpc_handlers((self._service.handler(),))
         self._health = Health(server)

@@ -66,6 +66,15 @@ class ServerLimits:
                 "the largest message that gRPC carries here"
             )
 
+    @property
+    def streams(self) -> int:
+        """At once; gRPC refuses further ones unheard.
+
+        More than sessions: some attach again while the old stream still looks alive, and of four times as many devices
+        as there is room for, those without shall hear that the server is full, and when to come again.
+        """
+        return 4 * self.max_sessions + 16
+
     def within(self, kv_budget: float, longest: float) -> ServerLimits:
         """These, lowered to what memory there is. Of what one session of full length leaves, prefixes get a quarter.
 

@@ -205,13 +205,11 @@ class BackServer(BackgroundService):
         with contextlib.ExitStack() as stack:
             compute = stack.enter_context(ComputeThread(batcher))
             table = SessionTable(self._engine, self.limits, compute)
-            # More streams than sessions: some attach again while the old one still looks alive, some must be told
-            # that the server is full.
             handshakes = Handshakes(self.limits.idle_s)
             server = grpc.aio.server(
                 interceptors=[handshakes],
                 options=SERVER_OPTIONS,
-                maximum_concurrent_rpcs=2 * self.limits.max_sessions + 16,
+                maximum_concurrent_rpcs=self.limits.streams,
             )
             frames = FrameRate(self.limits.frames_per_s_per_device)
             metrics = None
