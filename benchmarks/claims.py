@@ -38,12 +38,11 @@ PROMPT, NEW, ROUNDS = 64, 96, 5
 CEILINGS_MB = (180, 200, 250, 300)
 FRONTS = {"OPSC, split 10, 4 bits": (10, 4), "split 10, 8 bits": (10, 8), "split 10, float": (10, 32)}
 WHOLE = {"whole model, 4 bits": (None, 4), "whole model, float": (None, 32)}
-
+LARGE, LARGE_LAYERS, DIVISOR = "7B's proportions", 32, 4
 SERVED = {  # split and front bits by what the server runs; the back has 8
     MODEL: {"whole model": (0, 8), "two thirds": (10, 4)},
-    "7B's proportions": {"whole model": (0, 8), "two thirds": (11, 4)},
+    LARGE: {"whole model": (0, 8), "two thirds": (11, 4)},
 }
-LARGE_LAYERS, DIVISOR = 32, 4
 
 
 def exported(model: str, root: Path, split: int | None, front_bits: int) -> Path:
@@ -120,7 +119,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, progress_bar() as progress:
         root = args.work or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
-        models = {MODEL: (MODEL, root), "7B's proportions": (str(large_model(root / "large")), root / "large")}
+        models = {MODEL: (MODEL, root), LARGE: (str(large_model(root / "large")), root / "large")}
         served = {}
         for index, (name, (model, folder)) in enumerate(models.items()):
             progress(f"server, {name}", index, len(models))

@@ -47,7 +47,6 @@ class ExitTokens:
         self._threshold, self._may_go_on = threshold, alone
         self._exit_layers, self._layers = split + 1, layers
         self._lost = False
-        self._losses = 0
         self._watch: ServerWatch | None = None
 
     def __iter__(self) -> Iterator[Token]:
@@ -132,8 +131,7 @@ class ExitTokens:
     def _left(self, error: LinkError, sent_before: int, started: float) -> StepReport:
         """Give the server up until there is one again; what was sent to it in vain."""
         self._lost = True
-        self._watch = self._back.watch(error, self._losses)
-        self._losses += 1
+        self._watch = self._back.watch(error)
         bytes_up = self._back.bytes_up - sent_before
         self._back.close(cancel=True)
         return StepReport(bytes_up=bytes_up, wait_s=perf_counter() - started)

@@ -181,7 +181,6 @@ class MovingBack:
         self._chosen_there: list[tuple[int, int]] = []
         self._there = self._plan is None
         self._watch: ServerWatch | None = None
-        self._losses = 0
         self._own.open(max_tokens, sampling, context_ids, bypass)
         if self._there:
             self._remote.open(max_tokens, sampling, context_ids, bypass)
@@ -303,8 +302,7 @@ class MovingBack:
     def _left(self, error: LinkError, sent_before: int, started: float) -> StepReport:
         """Give the server up until there is one again, and tell what a step cost that was lost there."""
         self._there = False
-        self._watch = self._remote.watch(error, self._losses)
-        self._losses += 1
+        self._watch = self._remote.watch(error)
         bytes_up = self._remote.bytes_up - sent_before
         self._remote.close(cancel=True)
         return StepReport(bytes_up=bytes_up, wait_s=perf_counter() - started)

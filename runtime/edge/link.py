@@ -100,6 +100,7 @@ class RemoteBack:
         self._questions: deque[Question] = deque()  # submitted steps that were not collected
         self._told_up = 0  # bytes sent that are in a report
         self._opening: tuple[int, Sampling, Sequence[int], Bypass] = (0, Sampling(), (), NO_BYPASS)
+        self._losses = 0
 
     @property
     def limits(self) -> pb.Limits:
@@ -180,17 +181,19 @@ class RemoteBack:
         """Begin the session that was opened last anew, empty, when it is lost; see `open`."""
         self.open(*self._opening)
 
-    def watch(self, lost: LinkError, before: int) -> ServerWatch | None:
+    def watch(self, lost: LinkError) -> ServerWatch | None:
         """Watch, beside what this object carries, for a server that grants sessions again.
+
+        The first trial waits twice as long as it did after the loss before.
 
         Args:
             lost: why there is none.
-            before: times that it was lost before; the first trial waits twice as long for each.
 
         Returns:
             None if none will: it is not trusted, or refuses what time does not change.
         """
-        return ServerWatch(self._try_session, before) if passes(lost) else None
+        self._losses += 1
+        return ServerWatch(self._try_session, self._losses - 1) if passes(lost) else None
 
     def step(
         self, hidden: NDArray[np.float32], position: int, token_ids: Sequence[int] = (), *, sample: bool
