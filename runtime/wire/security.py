@@ -91,10 +91,8 @@ class ChannelSecurity:
         own = certificate_path()
         return _read_certificates(own) if is_loopback(host) and own.is_file() else None
 
-    def explain(self, address: str, error: grpc.RpcError) -> LinkError:
+    def explain(self, address: str, code: grpc.StatusCode, details: str) -> LinkError:
         """What a connection's failure means for the user; a `SecurityError` where trying again is useless."""
-        code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
-        details = (error.details() if isinstance(error, grpc.Call) else None) or ""
         reason = details.rpartition("last error: ")[2] or code.name
         if "Hostname Verification" in details:
             return SecurityError(

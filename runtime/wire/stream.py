@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from time import perf_counter
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -17,7 +18,14 @@ from .transport import SESSION_PATH
 _JOIN_TIMEOUT_S = 2.0  # a closed channel ends its stream at once; this only keeps a bug from hanging the caller
 
 
-_Received = tuple[float, bytes | grpc.RpcError | None]  # when it came
+class _End(NamedTuple):
+    """How a stream ended."""
+
+    code: grpc.StatusCode
+    details: str
+
+
+_Received = tuple[float, bytes | _End]  # when it came
 
 
 class DamagedMessageError(LinkError):
@@ -42,7 +50,7 @@ class ClientStream:
         self.received_at = 0.0
         self._channel = security.channel(address)
         call = self._channel.stream_stream(SESSION_PATH, None, None)
-        self._call = call(iter(self._outgoing.get, None), metadata=security.metadata)
+        self._call: Any = call(iter(self._outgoing.get, None), metadata=security.metadata)
         self._reader = threading.Thread(target=self._read, name="isthmus-link", daemon=True)
         self._reader.start()
 
@@ -76,28 +84,33 @@ class ClientStream:
             if message is None:
                 raise DamagedMessageError(f"{self._address}: a message of {len(received)} bytes was damaged on its way")
             return parse_server_message(message)
-        if received is None:  # an end stays the next thing to tell
+        # An end stays the next thing to tell.
+        if received.code is grpc.StatusCode.OK:
             raise LinkError(f"{self._address}: the server ended the stream")
         if not self._greeted:
-            raise self._security.explain(self._address, received) from received
-        raise LinkError(f"{self._address}: the link broke ({_status(received)})") from received
+            raise self._security.explain(self._address, received.code, received.details)
+        raise LinkError(f"{self._address}: the link broke ({received.code.name}: {received.details})")
 
     def close(self) -> None:
-        """End the stream and its connection."""
+        """End the stream and its connection. Safe twice."""
+        if self._call is None:
+            return
         self._outgoing.put(None)
-        self._call.cancel()  # type: ignore[no-untyped-call]
+        self._call.cancel()
         self._channel.close()
         self._reader.join(_JOIN_TIMEOUT_S)
+        self._call = None
 
     def _read(self) -> None:
-        end: grpc.RpcError | None = None
+        # The last reference to a call must go while the process lives: what deletes a call takes a lock, and at the
+        # process's exit a thread of gRPC's may have been stopped with it in hand. An error of a call is the call
+        # itself, and its traceback leads back to it; so neither is kept.
+        call = self._call
+        code, details = grpc.StatusCode.OK, ""
         try:
-            for message in self._call:
+            for message in call:
                 self._inbox.put((perf_counter(), message))
         except grpc.RpcError as error:
-            end = error
-        self._inbox.put((perf_counter(), end))
-
-
-def _status(error: grpc.RpcError) -> str:
-    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else repr(error)
+            error.__traceback__ = None
+            code, details = call.code(), call.details() or ""
+        self._inbox.put((perf_counter(), _End(code, details)))
