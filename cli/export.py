@@ -88,6 +88,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="tokens of calibration text (default 65536); 0 leaves calibration out",
     )
     parser.add_argument("--layers-per-block", type=int, default=10, metavar="N", help="layers in one file (default 10)")
+    parser.add_argument(
+        "--ffn-skip", action="store_true", help="graphs for `generate --ffn-skip`; a little slower without that"
+    )
     parser.add_argument("--max-length", type=int, metavar="N", help="context, prompt and new tokens (default 2048)")
     parser.add_argument(
         "--compare-transformers",
@@ -134,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
             calibration=args.calibration,
             calibration_tokens=args.calibration_tokens,
             layers_per_block=args.layers_per_block,
+            ffn_skip=args.ffn_skip,
             compare_transformers=args.compare_transformers,
             draft=args.draft,
             cache=args.cache,

@@ -100,6 +100,13 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
         "one. For bundles of small blocks (export --layers-per-block 2)",
     )
     parser.add_argument(
+        "--ffn-skip",
+        type=float,
+        metavar="COSINE",
+        help="where a feed-forward network turned a generated token's hidden state by no more than this cosine, as in "
+        "0.98, leave the next one out. The text is no longer the full model's. For bundles exported with --ffn-skip",
+    )
+    parser.add_argument(
         "--accept",
         choices=("exact", "relaxed"),
         default="exact",
@@ -173,6 +180,7 @@ def open_model(args: argparse.Namespace, deadline_ms: float | None = None) -> Ed
         on_server_loss=args.on_server_loss,
         exit_agreement=args.exit_agreement,
         skip_schedule=SkipSchedule.parse(args.skip_schedule) if args.skip_schedule else None,
+        ffn_skip=args.ffn_skip,
     )
 
 
@@ -288,8 +296,9 @@ def _regenerate(args: argparse.Namespace) -> int:
     from ..errors import RequestError
     from ..runtime.edge.counterfactual import read_run, regenerate
 
-    for option, value in (("--exit-agreement", args.exit_agreement), ("--skip-schedule", args.skip_schedule)):
-        if value is not None:
+    for option in ("exit_agreement", "skip_schedule", "ffn_skip"):
+        if getattr(args, option) is not None:
+            option = "--" + option.replace("_", "-")
             raise RequestError(f"{option} with --noise-of: a run is repeated by the full model; leave {option} out")
     replace: dict[int, int] = {}
     for text in args.replace:

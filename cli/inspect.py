@@ -106,6 +106,8 @@ def print_manifest(manifest: Manifest, *, as_json: bool) -> None:
             f"max |Δ logit| {report['logits_max_abs']:.3g}"
         )
         print(f"same bits in chunks of any length: {'yes' if report['chunking_exact'] else 'NO'}")
+    if manifest.skips_ffn:
+        print("feed-forward networks may be left out: generate --ffn-skip")
     if outside := report.get("transformers"):
         print(
             f"against transformers: top-1 agreement {outside['top1_agreement']:.4f}, KL {outside['kl']:.3g}, "

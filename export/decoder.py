@@ -24,8 +24,9 @@ from onnx import TensorProto
 from ..quant.kv import KVScales
 from ..quant.nbits import PackedWeight
 from ..quant.offsets import OffsetWeight, block_summing_weight
-from ..runtime.bundle import Architecture, KVSpec, TensorRecord
+from ..runtime.bundle import FFN_SIMILARITY, Architecture, KVSpec, TensorRecord
 from .families.common import ROLES, LayerTensors
+from .feed_forward import SkippableNetworks, feed_forward
 from .graph import CONTRIB, PLAIN, GraphWriter
 from .rope import rope_tables
 from .weights import Weights
@@ -153,7 +154,15 @@ class SegmentBuilder:
         self._attended = self.writer.node("Add", [tokens, self._whole("one", 1)])
         self._filler = self.writer.node("Sub", [self._whole("one", 1), parity])
         self._padding = self.writer.node("Sub", [self._whole("two", 2), parity])
-        return self._append(hidden, self.arch.d_model, self._padding)
+        return self.like_rows(hidden, self.arch.d_model)
+
+    def like_rows(self, values: str, width: int) -> str:
+        """``[1, tokens, width]`` padded as `pad_rows` has padded the hidden states."""
+        return self._append(values, width, self._padding) if self.even_rows else values
+
+    def own_rows(self, values: str) -> str:
+        """Undo `like_rows`."""
+        return self.drop_padding(values) if self.even_rows else values
 
     def rows_to_attend(self, qkv: str) -> str:
         """The tokens and one row more of what a block carries."""
@@ -196,7 +205,7 @@ class SegmentBuilder:
         shape = self.writer.constant(f"rows.{width}", np.array([-1, width], np.int64))
         return self.writer.node("Reshape", [rows, shape])
 
-    def drop_padding(self, rows: str, output: str) -> str:
+    def drop_padding(self, rows: str, output: str | None = None) -> str:
         """Undo `pad_rows`, which must have padded."""
         return self._first(rows, self._tokens, output)
 
@@ -228,6 +237,7 @@ def build_block(
     kv_scales: Mapping[int, KVScales],
     *,
     input_map: str | None = None,
+    skippable: range = range(0),
 ) -> None:
     """Write the graph of consecutive layers.
 
@@ -251,6 +261,8 @@ def build_block(
         kv: layout of the KV cache.
         kv_scales: of each layer, if the cache is quantized.
         input_map: name of a square matrix that hidden states pass before the first layer, as a draft's do.
+        skippable: layers whose networks rows may leave out, see `isthmus.export.feed_forward`. Then there is a further
+            input: ``ffn_similarity`` float32 ``[1, tokens, 1]``, each row's threshold.
     """
     writer, arch = builder.writer, builder.arch
     residual = writer.input("hidden", [builder.batch, "tokens", arch.d_model])
@@ -269,9 +281,13 @@ def build_block(
     if input_map is not None:
         residual = builder.linear(residual, input_map, [input_map])
     branch = builder.zero_like(residual)
+    networks = None
+    if skippable:
+        similarity = builder.like_rows(writer.input(FFN_SIMILARITY, [builder.batch, "tokens", 1]), 1)
+        networks = SkippableNetworks(builder, branch, similarity, skippable)
     for layer, names in layers.items():
         _cache(builder, layer, kv)
-        branch, residual = _layer(builder, layer, names, residual, branch, kv_scales.get(layer))
+        branch, residual = _layer(builder, layer, names, residual, branch, kv_scales.get(layer), networks)
     if builder.even_rows:
         builder.drop_padding(writer.node("Add", [residual, branch]), output="hidden_out")
     else:
@@ -297,10 +313,13 @@ def _layer(
     residual: str,
     branch: str,
     kv_scales: KVScales | None = None,
+    networks: SkippableNetworks | None = None,
 ) -> tuple[str, str]:
-    """Attention and gated MLP; takes and gives (last branch, residual before that branch is added)."""
-    writer, prefix, read = builder.writer, f"layers.{layer}", builder.weights.read
+    """Attention and feed-forward network; takes and gives (last branch, residual before that branch is added)."""
+    prefix, read = f"layers.{layer}", builder.weights.read
     normed, residual = builder.add_and_norm(residual, branch, f"{prefix}.input_norm", read([names.input_norm]))
+    if networks is not None:
+        networks.enter(layer, residual)
     qkv = builder.linear(
         normed,
         f"{prefix}.qkv",
@@ -310,11 +329,11 @@ def _layer(
     attended = _attention(builder, layer, qkv, kv_scales)
     branch = builder.linear(attended, f"{prefix}.attention_output", (names.attention_output,))
     normed, residual = builder.add_and_norm(residual, branch, f"{prefix}.post_norm", read([names.post_norm]))
-    gate = builder.linear(normed, f"{prefix}.gate", (names.gate,))
-    up = builder.linear(normed, f"{prefix}.up", (names.up,))
-    activated = writer.node("QuickGelu", [gate], domain=CONTRIB, alpha=1.0)  # x * sigmoid(x): silu in one kernel
-    gated = writer.node("Mul", [activated, up])
-    return builder.linear(gated, f"{prefix}.down", (names.down,)), residual
+
+    def network() -> str:
+        return feed_forward(builder, layer, names, normed)
+
+    return (network() if networks is None else networks.branch(layer, residual, network)), residual
 
 
 def _attention(builder: SegmentBuilder, layer: int, qkv: str, kv_scales: KVScales | None) -> str:

@@ -38,10 +38,11 @@ from .codec_calibration import UNCALIBRATED, calibrate_codecs
 from .draft_segment import write_draft
 from .families import family_of
 from .families.common import check_tensors, weight_tensors
+from .feed_forward import skippable_layers
 from .gptq import CalibratedWeights
 from .kv_scales import calibrate_kv
 from .progress import Progress, silent
-from .segments import SegmentWriter
+from .segments import SegmentWriter, block_ranges
 from .sensitivity import auto
 from .shipped_drafts import shipped_draft
 from .sources import resolve_model
@@ -77,6 +78,7 @@ def export_bundle(
     calibration_tokens: int = CALIBRATION_TOKENS,
     calibration_windows: Sequence[Sequence[int]] | None = None,
     layers_per_block: int = DEFAULT_LAYERS_PER_BLOCK,
+    ffn_skip: bool = False,
     max_length: int | None = None,
     compare_transformers: bool = False,
     draft: bool = True,
@@ -107,6 +109,8 @@ def export_bundle(
             out: scales of a quantized KV cache are then measured on the text that validation reads.
         calibration_windows: token ids of texts to calibrate on, in place of the two.
         layers_per_block: most layers in one ONNX file.
+        ffn_skip: whether generations may leave feed-forward networks out, see `isthmus.export.feed_forward`. Graphs
+            that can are a little slower where nothing is left out.
         max_length: most positions of a session; by default 2048 or the model's own limit if that is lower.
         draft: give the device half the trained draft that comes with the package, if there is one for this model and
             split; `isthmus.export.distill` trains others.
@@ -154,6 +158,12 @@ def export_bundle(
         raise ExportError("device_layers=all with split 0: there is no front to hand over from; choose a split from 1")
     if layers_per_block < 1:
         raise ExportError(f"layers_per_block={layers_per_block}: must be at least 1")
+    spans = [span for _, span in block_ranges(split, arch.layers, layers_per_block)]
+    if ffn_skip and not any(skippable_layers(span, arch.layers) for span in spans):
+        raise ExportError(
+            f"ffn_skip with {arch.layers} layers in blocks of {max(map(len, spans))}: the first network of a block "
+            "always runs, and so do those of the model's first and last layers; choose larger blocks"
+        )
     max_length = min(DEFAULT_MAX_LENGTH, arch.max_positions) if max_length is None else max_length
     if not 2 <= max_length <= arch.max_positions:
         raise ExportError(
@@ -230,6 +240,7 @@ def export_bundle(
             max_length,
             kv_scales,
             whole_on_device=device_layers == "all",
+            ffn_skip=ffn_skip,
         )
         segments = writer.write(progress)
         codecs = UNCALIBRATED if recipe.split else (Ids.name,)

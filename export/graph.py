@@ -7,7 +7,7 @@ graph over the same weights costs a few kilobytes: `GraphWriter.only` marks what
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,6 +106,29 @@ class GraphWriter:
         self._nodes.append((self._variant, helper.make_node(op, inputs, outputs, domain=domain, **attributes)))
         return outputs
 
+    @contextmanager
+    def branch(self, condition: str, chosen: str, otherwise: str, shape: list[Dimension]) -> Iterator[None]:
+        """Append nodes that run where a condition holds.
+
+        Args:
+            condition: a bool of one element.
+            chosen: the float value of these nodes that comes out.
+            otherwise: the value, made before, that comes out where it does not hold.
+            shape: of both.
+        """
+        first = len(self._nodes)
+        yield
+        inner = [node for _, node in self._nodes[first:]]
+        del self._nodes[first:]
+        as_is = helper.make_node("Identity", [otherwise], [self.fresh("otherwise")])
+        branches = {
+            name: helper.make_graph(
+                nodes, name, [], [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, shape)]
+            )
+            for name, nodes in (("then_branch", inner), ("else_branch", [as_is]))
+        }
+        self.node("If", [condition], output=chosen, **branches)
+
     def fresh(self, stem: str) -> str:
         """A value name that is not taken."""
         return f"{stem}.{next(self._counter)}"
@@ -123,7 +146,7 @@ class GraphWriter:
 
     def _model(self, variant: str) -> onnx.ModelProto:
         nodes, inputs, outputs = _of(variant, self._nodes), _of(variant, self._inputs), _of(variant, self._outputs)
-        read = {name for node in nodes for name in node.input}
+        read = set(_read(nodes))
         weights = [tensor for tensor in self._weights if tensor.name in read]
         made = {name for node in nodes for name in node.output}
         shapes = [shape for shape in self._shapes if shape.name in made]
@@ -135,6 +158,14 @@ class GraphWriter:
         )
         model.ir_version = IR_VERSION
         return model
+
+
+def _read(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """Names of all values that nodes and their branches take."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            yield from _read(attribute.g.node)
 
 
 def _of(variant: str, entries: list[tuple[str | None, T]]) -> list[T]:

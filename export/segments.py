@@ -17,9 +17,20 @@ from ..quant.opsc import Recipe
 from ..runtime.bundle import Architecture, Half, KVSpec, Segment, TensorRecord
 from .decoder import RAGGED, SegmentBuilder, block_names, build_block, build_head
 from .families.common import EMBEDDING, FINAL_NORM, HEAD
+from .feed_forward import skippable_layers
 from .graph import ALIGNMENT, GraphWriter
 from .progress import Progress
 from .weights import Weights
+
+
+def block_ranges(split: int, layers: int, layers_per_block: int) -> list[tuple[Half, range]]:
+    """Halves cut into runs of at most ``layers_per_block``; a block never crosses the split."""
+    halves: list[tuple[Half, range]] = [("device", range(split)), ("server", range(split, layers))]
+    return [
+        (half, range(first, min(first + layers_per_block, span.stop)))
+        for half, span in halves
+        for first in range(span.start, span.stop, layers_per_block)
+    ]
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class SegmentWriter:
     max_length: int
     kv_scales: Mapping[int, KVScales] = field(default_factory=dict)
     whole_on_device: bool = False
+    ffn_skip: bool = False
 
     def write(self, progress: Progress) -> list[Segment]:
         """Write every segment; one weight, or one stacked pair, is in memory at a time.
@@ -43,7 +55,7 @@ class SegmentWriter:
         """
         for half in ("device", "server") if self.recipe.split < self.recipe.layers else ("device",):
             (self.root / half).mkdir()
-        blocks = self._block_ranges()
+        blocks = block_ranges(self.recipe.split, self.recipe.layers, self.layers_per_block)
         steps = len(blocks) + 2
         segments = []
         for index, (half, layers) in enumerate(blocks):
@@ -59,16 +71,6 @@ class SegmentWriter:
         progress("segments written", steps, steps)
         return [embedding, *segments, head]
 
-    def _block_ranges(self) -> list[tuple[Half, range]]:
-        """Halves cut into runs of at most ``layers_per_block``; a block never crosses the split."""
-        split, layers = self.recipe.split, self.recipe.layers
-        halves: list[tuple[Half, range]] = [("device", range(split)), ("server", range(split, layers))]
-        return [
-            (half, range(first, min(first + self.layers_per_block, span.stop)))
-            for half, span in halves
-            for first in range(span.start, span.stop, self.layers_per_block)
-        ]
-
     def _block(self, half: Half, layers: range) -> Segment:
         name = f"block-{layers.start:02d}-{layers.stop - 1:02d}"
         writer = GraphWriter(self.root / half, name)
@@ -76,7 +78,8 @@ class SegmentWriter:
         builder = SegmentBuilder(writer, self.arch, self.weights, block_names(layers), ragged=ragged)
         names = {layer: self.family.tensors(self.arch, layer) for layer in layers}
         kv = KVSpec(self.recipe.kv_bits(layers.start), self.arch.kv_heads, self.arch.head_dim)
-        build_block(builder, names, self.max_length, kv, self.kv_scales)
+        skippable = skippable_layers(layers, self.arch.layers) if self.ffn_skip else range(0)
+        build_block(builder, names, self.max_length, kv, self.kv_scales, skippable=skippable)
         bits = self.recipe.layer_bits(layers.start)
         return self._segment(
             "block",
@@ -86,6 +89,7 @@ class SegmentWriter:
             first_layer=layers.start,
             last_layer=layers.stop,
             ragged_graph_file=writer.variant_path(RAGGED).name if ragged else "",
+            skips_ffn=bool(skippable),
         )
 
     def _head(self) -> Segment:

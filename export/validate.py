@@ -20,7 +20,7 @@ from ..devices.backend import Graph, default_threads
 from ..errors import ExportError
 from ..quant.kv import KVScales
 from ..quant.opsc import Recipe
-from ..runtime.bundle import Architecture, Half, KVSpec, Segment
+from ..runtime.bundle import FFN_ALL, FFN_SIMILARITY, Architecture, Half, KVSpec, Segment
 from .checkpoint import Checkpoint, open_checkpoint
 from .decoder import SegmentBuilder, block_names, build_block, build_head
 from .families import family_of
@@ -30,6 +30,7 @@ from .progress import Progress
 from .weights import Weights
 
 PROBE_TOKENS = 6  # enough for odd and even counts: kernels compute rows in pairs
+FFN_PROBE = 0.9  # a threshold at which the probed rows leave out networks, and not all the same ones
 SIDES = ("key", "value")
 HEAD_ROWS = 64  # logits of that many tokens are in memory at a time
 INFLUENCE_TOKENS = 128  # each block leaves a copy of them that runs through all later ones
@@ -184,7 +185,9 @@ class Validator:
             graph = Graph(self.root / segment.half / segment.graph_file, default_threads())
             span = range(segment.first_layer, segment.last_layer)
             kv = self._kv(segment.half)
-            exact.append(_chunking_exact(partial(run_block, graph, span, kv), reference))
+            for similarity in (FFN_ALL, FFN_PROBE)[: 1 + segment.skips_ffn]:
+                run = partial(run_block, graph, span, kv, ffn_similarity=similarity)
+                exact.append(_chunking_exact(run, reference))
             influence.pass_block(
                 segment.name, partial(run_block, graph, span, kv), chained, inner=segment not in (blocks[0], blocks[-1])
             )
@@ -338,13 +341,27 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return result
 
 
-def run_block(graph: Graph, layers: range, kv: KVSpec, hidden: Hidden, chunks: Sequence[int] | None = None) -> Hidden:
+def run_block(
+    graph: Graph,
+    layers: range,
+    kv: KVSpec,
+    hidden: Hidden,
+    chunks: Sequence[int] | None = None,
+    *,
+    ffn_similarity: float = FFN_ALL,
+) -> Hidden:
     """Run a block over a text ``[tokens, d_model]`` from an empty cache, at once or in chunks."""
-    return run_block_and_cache(graph, layers, kv, hidden, chunks)[0]
+    return run_block_and_cache(graph, layers, kv, hidden, chunks, ffn_similarity=ffn_similarity)[0]
 
 
 def run_block_and_cache(
-    graph: Graph, layers: range, kv: KVSpec, hidden: Hidden, chunks: Sequence[int] | None = None
+    graph: Graph,
+    layers: range,
+    kv: KVSpec,
+    hidden: Hidden,
+    chunks: Sequence[int] | None = None,
+    *,
+    ffn_similarity: float = FFN_ALL,
 ) -> tuple[Hidden, dict[str, NDArray[Any]]]:
     """Do what `run_block` does.
 
@@ -354,6 +371,7 @@ def run_block_and_cache(
     names = [f"{side}.{layer}" for layer in layers for side in SIDES]
     cache: dict[str, NDArray[Any]] = dict.fromkeys(names, np.zeros(kv.shape(len(hidden)), kv.dtype))
     outputs = ["hidden_out", *(f"present_{name}" for name in names)]
+    skips = any(each.name == FFN_SIMILARITY for each in graph.session.get_inputs())
     parts = []
     last = 0
     for tokens in chunks or [len(hidden)]:
@@ -363,6 +381,8 @@ def run_block_and_cache(
             "seqlens_k": np.array([last], np.int32),
             "total_sequence_length": np.array(last + 1, np.int32),
         }
+        if skips:
+            inputs[FFN_SIMILARITY] = np.full((1, tokens, 1), ffn_similarity, np.float32)
         part, *arrays = graph.session.run(outputs, inputs)
         parts.append(part[0])
         cache = dict(zip(names, arrays, strict=True))

@@ -46,7 +46,7 @@ class BatchedStack(Protocol):
         ...
 
     def session(self, capacity: int, bypass: Bypass = NO_BYPASS) -> CachedSession:
-        """A session of at most ``capacity`` positions, some of which leave blocks out."""
+        """A session of at most ``capacity`` positions, some of which leave something out."""
         ...
 
     def forward(self, parts: Sequence[tuple[KVCache, NDArray[np.float32]]]) -> list[NDArray[np.float32]]:

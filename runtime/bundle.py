@@ -25,6 +25,8 @@ SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
 INSTALLED = "installed"  # folder in a half: the graphs with packed weights, see `isthmus.runtime.install`
 INSTALL_RECORD = "install.json"
+FFN_SIMILARITY = "ffn_similarity"  # a block's input, where rows may leave feed-forward networks out
+FFN_ALL = 2.0  # a value of it that no cosine reaches: all run
 
 Half = Literal["device", "server"]
 SegmentKind = Literal["embed", "block", "head"]
@@ -90,6 +92,7 @@ class Segment:
     """One ONNX graph, or the embedding table, with the layers ``[first_layer, last_layer)`` in it.
 
     ``ragged_graph_file`` is a second graph over the same weights, for sessions that advance together, if there is one.
+    ``skips_ffn`` tells that rows may leave feed-forward networks out, by the input `FFN_SIMILARITY`.
     ``bits`` and ``block_size`` are those of the recipe; ``tensors`` tells what each weight got, by a name such as
     ``layers.0.down``. The embedding has no graph: its rows are read from ``data_file`` at ``codes_offset`` (packed
     codes, one row after the other), ``scales_offset`` (float32, ``d_model / block_size`` a row) and, if it is not
@@ -105,6 +108,7 @@ class Segment:
     last_layer: int = 0
     graph_file: str = ""
     ragged_graph_file: str = ""
+    skips_ffn: bool = False
     data_file: str = ""
     codes_offset: int = 0
     scales_offset: int = 0
@@ -206,6 +210,11 @@ class Manifest:
     def server_only(self) -> bool:
         """Whether the whole model lies on the server, embedding included: the device sends token ids."""
         return self.split == 0
+
+    @property
+    def skips_ffn(self) -> bool:
+        """Whether a generation can leave feed-forward networks out."""
+        return any(segment.skips_ffn for segment in self.segments)
 
     def half_layers(self, half: Half) -> int:
         """Layers of one half."""

@@ -100,7 +100,7 @@ class Chain:
             session.cache.truncate(length)
 
     def leave_out(self, bypass: Bypass) -> None:
-        """Have further positions leave blocks out, see `isthmus.runtime.skipping`; those in the caches stay."""
+        """Have further positions leave something out, see `isthmus.runtime.skipping`; those in the caches stay."""
         for session in self._sessions():
             session.cache.bypass = bypass
 

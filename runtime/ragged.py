@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..devices.backend import Graph, require_onnxruntime
 from ..errors import BundleError, RequestError
-from .bundle import Bundle
+from .bundle import FFN_SIMILARITY, Bundle
 from .pool import KVPool
 from .segments import KVCache
 from .skipping import NO_BYPASS, Bypass, running_blocks, stretches
@@ -59,6 +59,7 @@ class _Lane:
     packed_rows: NDArray[np.int64]
     padded_rows: NDArray[np.int64]
     runs: list[tuple[Graph, ort.IOBinding]]
+    ffn_similarity: NDArray[np.float32] | None = None  # of each row, where the graphs take it
     layout: tuple[list[int], list[int]] = ([], [])  # slots and rows that what follows from them was written for
 
     @property
@@ -101,6 +102,7 @@ class RaggedStack:
     def __init__(self, bundle: Bundle, threads: int, *, capacity: int, slots: int) -> None:
         segments = bundle.segments("block")
         self._d_model = bundle.manifest.architecture.d_model
+        self._skips_ffn = bundle.manifest.skips_ffn
         layers = range(segments[0].first_layer, segments[-1].last_layer)
         self.pool = KVPool(layers, bundle.kv, capacity, slots)
         self._blocks = [(segment, Graph(bundle.path(segment.ragged_graph_file), threads)) for segment in segments]
@@ -110,7 +112,7 @@ class RaggedStack:
         self.onnxruntime_seconds = 0.0
 
     def session(self, capacity: int, bypass: Bypass = NO_BYPASS) -> RaggedSession:
-        """A session of at most ``capacity`` positions, some of which leave blocks out."""
+        """A session of at most ``capacity`` positions, some of which leave something out."""
         cache = self.pool.take(capacity)
         cache.bypass = bypass
         return RaggedSession(self, cache, self._d_model)
@@ -138,7 +140,7 @@ class RaggedStack:
                 raise RequestError(
                     f"{cache.length} positions and {len(hidden)} more: this session was opened for {cache.capacity}"
                 )
-        if any(cache.bypass for cache, _ in parts):
+        if any(cache.bypass.blocks for cache, _ in parts):
             return self._in_stretches(parts)
         outputs = self._run(parts, self._all_blocks)
         for cache, hidden in parts:
@@ -192,6 +194,8 @@ class RaggedStack:
         for (cache, hidden), slot, count, end in zip(parts, slots, counts, ends, strict=True):
             lane.hidden[0][0, end - count : end] = hidden
             seqlens[slot - first] = cache.length + count
+            if lane.ffn_similarity is not None:
+                lane.ffn_similarity[0, end - count : end, 0] = cache.bypass.ffn_thresholds(cache.length, count)
         lane.seqlens_k[:] = seqlens
         lane.total_sequence_length[...] = max(seqlens) + 1
         started = perf_counter()
@@ -220,6 +224,7 @@ class RaggedStack:
             packed_rows=np.zeros((sequences, queries), np.int64),
             padded_rows=np.zeros((1, rows), np.int64),
             runs=[],
+            ffn_similarity=np.zeros((1, rows, 1), np.float32) if self._skips_ffn else None,
         )
         hidden = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in lane.hidden]
         inputs = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in lane.inputs.items()}
@@ -230,6 +235,8 @@ class RaggedStack:
             binding.bind_ortvalue_output("hidden_out", hidden[(index + 1) % 2])
             for name, value in inputs.items():
                 binding.bind_ortvalue_input(name, value)
+            if segment.skips_ffn:
+                binding.bind_ortvalue_input(FFN_SIMILARITY, ort.OrtValue.ortvalue_from_numpy(lane.ffn_similarity))
             for (side, layer), array in caches.items():
                 if segment.first_layer <= layer < segment.last_layer:
                     value = ort.OrtValue.ortvalue_from_numpy(array)

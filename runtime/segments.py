@@ -20,7 +20,7 @@ from ..devices.backend import Graph, require_onnxruntime
 from ..errors import RequestError
 from ..quant.nbits import PACKED_BITS, PackedWeight, dequantize
 from ..quant.stored_rows import StoredRows
-from .bundle import Bundle, KVSpec
+from .bundle import FFN_SIMILARITY, Bundle, KVSpec
 from .skipping import NO_BYPASS, Bypass, running_blocks, stretches
 
 SIDES = ("key", "value")
@@ -94,7 +94,7 @@ class KVCache:
         length: valid positions; the rows beyond are ignored, so that lowering it rolls back.
         capacity: positions that fit.
         arrays: each layer's keys and values.
-        bypass: blocks that leave positions out; what the arrays hold of these is never read.
+        bypass: what positions leave out; what the arrays hold of these in left-out blocks is never read.
     """
 
     def __init__(self, layers: range, spec: KVSpec, capacity: int) -> None:
@@ -172,6 +172,7 @@ class _Lane:
 
     buffers: list[NDArray[np.float32]]
     runs: list[tuple[Graph, ort.IOBinding]]
+    ffn_similarity: NDArray[np.float32] | None  # of each row, where the graphs take it
 
     @property
     def hidden_in(self) -> NDArray[np.float32]:
@@ -202,7 +203,7 @@ class LayerStack:
         self.onnxruntime_seconds = 0.0
 
     def session(self, capacity: int, bypass: Bypass = NO_BYPASS) -> StackSession:
-        """A session of at most ``capacity`` positions, some of which leave blocks out; its KV cache is allocated."""
+        """A session of at most ``capacity`` positions, some of which leave something out; its KV cache is allocated."""
         cache = KVCache(self.layers, self.kv, capacity)
         cache.bypass = bypass
         return StackSession(self, cache)
@@ -249,7 +250,7 @@ class StackSession:
             raise RequestError(
                 f"{cache.length} positions and {tokens} more: this session was opened for {cache.capacity}"
             )
-        if not cache.bypass:
+        if not cache.bypass.blocks:
             return self._run(hidden)
         parts = list(stretches(cache.bypass, cache.length, tokens))
         return np.concatenate([self._run(hidden[rows]).copy() for rows in parts])
@@ -259,6 +260,8 @@ class StackSession:
         cache, tokens = self.cache, len(hidden)
         lane = self._lane(tokens, running_blocks(cache.bypass, self._stack.starts, cache.length))
         lane.hidden_in[0] = hidden
+        if lane.ffn_similarity is not None:
+            lane.ffn_similarity[0, :, 0] = cache.bypass.ffn_thresholds(cache.length, tokens)
         # Both count the graph's dummy row: one more than the valid positions.
         self._seqlens[0] = cache.length + tokens
         self._total[...] = cache.length + tokens + 1
@@ -292,6 +295,7 @@ class StackSession:
         shape = (1, tokens, self._stack.manifest.architecture.d_model)
         buffers = [np.zeros(shape, np.float32) for _ in range(2)]
         values = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in buffers]
+        similarity = np.zeros((1, tokens, 1), np.float32) if self._stack.manifest.skips_ffn else None
         runs = []
         for index, (segment, graph) in enumerate(self._stack.blocks[block] for block in blocks):
             binding = graph.binding()
@@ -299,13 +303,15 @@ class StackSession:
             binding.bind_ortvalue_output("hidden_out", values[(index + 1) % 2])
             binding.bind_ortvalue_input("seqlens_k", self._seqlens_value)
             binding.bind_ortvalue_input("total_sequence_length", self._total_value)
+            if segment.skips_ffn:
+                binding.bind_ortvalue_input(FFN_SIMILARITY, ort.OrtValue.ortvalue_from_numpy(similarity))
             for layer in range(segment.first_layer, segment.last_layer):
                 for side in SIDES:
                     value = self.cache.values[side, layer]
                     binding.bind_ortvalue_input(f"past_{side}.{layer}", value)
                     binding.bind_ortvalue_output(f"present_{side}.{layer}", value)
             runs.append((graph, binding))
-        return _Lane(buffers, runs)
+        return _Lane(buffers, runs, similarity)
 
 
 class Head:

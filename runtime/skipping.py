@@ -1,25 +1,53 @@
-"""Skip decoding: which blocks of layers a generated token leaves out, by its place in the text.
+"""What generated tokens leave out: blocks of layers by their place in the text, and single feed-forward networks.
 
-Source: SkipDecode (arXiv 2307.02628), whose budget of layers falls linearly over the generated tokens (there ``E(t) =
-round((1 - r) E_max + r E_min)``, ``r = t / T``) and is the same for all texts at that place. It never rises, so that
-every layer that a token runs has run for all tokens before it: no key or value is ever missing. The prompt runs at
-full depth. Ours: what is left out are whole blocks, the graphs of a bundle, so that the budget is the least number of
-layers that run; which of them go first is measured when they are exported (`bypass_order`) in place of "from the
-bottom up"; the first and the last block always run; and nothing was trained for it.
+Skip decoding. Source: SkipDecode (arXiv 2307.02628), whose budget of layers falls linearly over the generated tokens
+(there ``E(t) = round((1 - r) E_max + r E_min)``, ``r = t / T``) and is the same for all texts at that place. It never
+rises, so that every layer that a token runs has run for all tokens before it: no key or value is ever missing. The
+prompt runs at full depth. Ours: what is left out are whole blocks, the graphs of a bundle, so that the budget is the
+least number of layers that run; which of them go first is measured when they are exported (`bypass_order`) in place
+of "from the bottom up"; the first and the last block always run; and nothing was trained for it.
+
+Networks: see `isthmus.export.feed_forward`, whose graphs decide by a threshold for each row. The prompt and the text's
+first positions run whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import RequestError
-from .bundle import Manifest
+from .bundle import FFN_ALL, Manifest
 
-Bypass = Mapping[int, int]
-"""Of each block that is left out, by its first layer, the position from which on."""
+FFN_WARM_UP = 30  # positions of a text; the paper's benefit saturates at 25 to 30 tokens
 
-NO_BYPASS: Bypass = {}
+
+@dataclass(frozen=True)
+class Bypass:
+    """What the positions of a session leave out.
+
+    Attributes:
+        blocks: of each block that is left out, by its first layer, the position from which on.
+        ffn_similarity: the cosine from which on the next feed-forward network is left out; None runs all.
+        ffn_from: the first position of which networks may be left out.
+    """
+
+    blocks: Mapping[int, int] = field(default_factory=dict)
+    ffn_similarity: float | None = None
+    ffn_from: int = 0
+
+    def ffn_thresholds(self, position: int, tokens: int) -> NDArray[np.float32]:
+        """Of each of some positions, the graphs' input `FFN_SIMILARITY`."""
+        thresholds = np.full(tokens, FFN_ALL, np.float32)
+        if self.ffn_similarity is not None:
+            thresholds[max(0, self.ffn_from - position) :] = self.ffn_similarity
+        return thresholds
+
+
+NO_BYPASS = Bypass()
 
 
 @dataclass(frozen=True)
@@ -62,8 +90,8 @@ class SkipSchedule:
         share = min(1.0, token / self.tokens)
         return round((1 - share) * self.most + share * self.least)
 
-    def bypass(self, order: Sequence[range], layers: int, prompt_tokens: int) -> Bypass:
-        """Where each block begins to be left out.
+    def blocks(self, order: Sequence[range], layers: int, prompt_tokens: int) -> dict[int, int]:
+        """Where each block begins to be left out, see `Bypass`.
 
         Args:
             order: blocks that may be, the one that matters least first, see `bypass_order`.
@@ -81,16 +109,27 @@ class SkipSchedule:
                 f"skip schedule {self}: {layers - sum(map(len, order))} of {layers} layers always run in this bundle; "
                 "end with as many or more, or export smaller blocks (--layers-per-block 1)"
             )
-        bypass: dict[int, int] = {}
+        blocks: dict[int, int] = {}
         running, token = layers, 0
         for block in order:
             while self.budget(token) > running - len(block):
                 if token == self.tokens:
-                    return bypass
+                    return blocks
                 token += 1
-            bypass[block.start] = prompt_tokens + token
+            blocks[block.start] = prompt_tokens + token
             running -= len(block)
-        return bypass
+        return blocks
+
+
+def checked_similarity(similarity: float, manifest: Manifest) -> float:
+    """A threshold that networks may be left out by; raises `RequestError` unless it is one, and the bundle can."""
+    if not 0.0 < similarity <= 1.0:
+        raise RequestError(f"ffn skip {similarity:g}: must be a cosine above 0, and 1 at most, as in 0.98")
+    if not manifest.skips_ffn:
+        raise RequestError(
+            "ffn skip: this bundle's graphs run every feed-forward network; export it again with --ffn-skip"
+        )
+    return similarity
 
 
 def bypass_order(manifest: Manifest) -> list[range]:
@@ -115,8 +154,9 @@ def bypass_order(manifest: Manifest) -> list[range]:
 
 def halves(bypass: Bypass, split: int) -> tuple[Bypass, Bypass]:
     """What concerns the layers before the split, and those behind it."""
-    front = {layer: position for layer, position in bypass.items() if layer < split}
-    return front, {layer: position for layer, position in bypass.items() if layer >= split}
+    front = {layer: position for layer, position in bypass.blocks.items() if layer < split}
+    back = {layer: position for layer, position in bypass.blocks.items() if layer >= split}
+    return replace(bypass, blocks=front), replace(bypass, blocks=back)
 
 
 def running_layers(bypass: Bypass, manifest: Manifest, position: int) -> int:
@@ -124,18 +164,18 @@ def running_layers(bypass: Bypass, manifest: Manifest, position: int) -> int:
     skipped = (
         segment.last_layer - segment.first_layer
         for segment in manifest.segments
-        if segment.kind == "block" and bypass.get(segment.first_layer, position + 1) <= position
+        if segment.kind == "block" and bypass.blocks.get(segment.first_layer, position + 1) <= position
     )
     return manifest.architecture.layers - sum(skipped)
 
 
 def running_blocks(bypass: Bypass, starts: Sequence[int], position: int) -> tuple[int, ...]:
     """Which of some blocks, given their first layers, a position runs through."""
-    return tuple(index for index, start in enumerate(starts) if bypass.get(start, position + 1) > position)
+    return tuple(index for index, start in enumerate(starts) if bypass.blocks.get(start, position + 1) > position)
 
 
 def stretches(bypass: Bypass, position: int, tokens: int) -> Iterator[slice]:
     """Cut rows ``[0, tokens)`` from a position on where blocks begin to be left out."""
-    ends = sorted({start - position for start in bypass.values() if position < start < position + tokens})
+    ends = sorted({start - position for start in bypass.blocks.values() if position < start < position + tokens})
     for first, end in zip([0, *ends], [*ends, tokens], strict=True):
         yield slice(first, end)

@@ -163,7 +163,7 @@ class RemoteBack:
             max_tokens: positions to reserve: prompt and new tokens.
             sampling: how the server chooses tokens.
             context_ids: the prompt's ids, needed only by a repetition penalty.
-            bypass: blocks of the server's half that positions leave out.
+            bypass: what positions leave out of the server's half.
 
         Raises:
             LinkError: the server cannot be reached; `SecurityError` if it is not trusted.

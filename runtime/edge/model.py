@@ -22,7 +22,15 @@ from ..draft_bundle import open_draft
 from ..memory import check_session, kept_bytes, process_limit_mb
 from ..sampling import Sampling
 from ..segments import AbsentEmbedding, Embedding, Head, LayerStack
-from ..skipping import NO_BYPASS, Bypass, SkipSchedule, bypass_order, halves, running_layers
+from ..skipping import (
+    FFN_WARM_UP,
+    Bypass,
+    SkipSchedule,
+    bypass_order,
+    checked_similarity,
+    halves,
+    running_layers,
+)
 from ..text import StopStrings, Tokenizer
 from .controller import Controller, PacedCodec
 from .draft_pace import DraftPace
@@ -74,6 +82,7 @@ class EdgeModel:
         on_server_loss: OnServerLoss | None = None,
         exit_agreement: float | None = None,
         skip_schedule: SkipSchedule | None = None,
+        ffn_skip: float | None = None,
     ) -> None:
         """Open ``OUT/device``; nothing is sent before the first generation.
 
@@ -111,6 +120,9 @@ class EdgeModel:
                 is late; 0 promises nothing, and takes it however unsure the draft is.
             skip_schedule: generated tokens leave blocks of layers out, on both sides, ever more of them as the text
                 goes on. The text is no longer the full model's.
+            ffn_skip: a generated token leaves out feed-forward networks, on both sides, behind one that turned its
+                hidden state by no more than this cosine; for bundles exported with ``ffn_skip``. The text is no longer
+                the full model's.
 
         Raises:
             BundleError: the folder is no intact device half.
@@ -141,6 +153,7 @@ class EdgeModel:
             raise RequestError(f"draft length {draft_length}: must lie between 1 and {MAX_DRAFTS}")
         self._draft = self._drafting(draft)
         self._skip_schedule = skip_schedule
+        self._ffn_skip = None if ffn_skip is None else checked_similarity(ffn_skip, manifest)
         self._bypass(1)  # a schedule that this bundle cannot keep is an error now
         trained = open_draft(bundle) if exits or self._draft in ("auto", "chain", "tree") else None
         if self._draft in ("chain", "tree") and trained is None:
@@ -149,9 +162,8 @@ class EdgeModel:
             )
         self._exit_threshold = None
         if exit_agreement is not None:
-            check_exits(
-                exit_agreement, manifest, server=bool(server), draft=self._draft, skips=skip_schedule is not None
-            )
+            skips = skip_schedule is not None or ffn_skip is not None
+            check_exits(exit_agreement, manifest, server=bool(server), draft=self._draft, skips=skips)
             self._exit_threshold = exit_threshold(exit_agreement, bundle, trained, deadline=deadline_ms is not None)
         limit_mb = process_limit_mb(memory_limit_mb)
         codec = codec or default_codec(bundle)
@@ -332,7 +344,7 @@ class EdgeModel:
             tokens = generate_tokens(self._embedding, front, back, ids, controller=controller, layers=layers, **bounds)
         if isinstance(back, MovingBack):
             tokens = back.watched(tokens)
-        if bypass:
+        if bypass.blocks:
             tokens = self._with_depth(tokens, bypass, len(ids))
         return TokenStream(
             tokens,
@@ -429,11 +441,12 @@ class EdgeModel:
         return checked_draft(draft, self.manifest, server=bool(self._server))
 
     def _bypass(self, prompt_tokens: int) -> Bypass:
-        """The blocks that a generation leaves out."""
-        if self._skip_schedule is None:
-            return NO_BYPASS
-        layers = self.manifest.architecture.layers
-        return self._skip_schedule.bypass(bypass_order(self.manifest), layers, prompt_tokens)
+        """What a generation leaves out."""
+        blocks: dict[int, int] = {}
+        if self._skip_schedule is not None:
+            layers = self.manifest.architecture.layers
+            blocks = self._skip_schedule.blocks(bypass_order(self.manifest), layers, prompt_tokens)
+        return Bypass(blocks, self._ffn_skip, max(prompt_tokens, FFN_WARM_UP))
 
     def _with_depth(self, tokens: Iterator[Token], bypass: Bypass, prompt_tokens: int) -> Iterator[Token]:
         """The tokens, with the number of layers that each went through."""

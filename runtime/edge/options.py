@@ -64,11 +64,11 @@ def check_exits(agreement: float, manifest: Manifest, *, server: bool, draft: Dr
         manifest: of the bundle.
         server: whether there is one.
         draft: how tokens are drafted.
-        skips: whether there is a skip schedule.
+        skips: whether layers or parts of them are left out.
     """
     reason = _nothing_to_save(manifest, "exited tokens", server=server)
     if reason is None and skips:
-        reason = "exits are calibrated at full depth, and a skip schedule was given"
+        reason = "exits are calibrated at full depth, and layers are to be skipped"
     if reason is None and draft not in ("auto", "off"):
         reason = f"with exits nothing is drafted, and draft={draft!r} was asked for"
     if reason is not None:

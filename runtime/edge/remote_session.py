@@ -15,7 +15,15 @@ from ...errors import LinkError, ProtocolError, SecurityError
 from ..sampling import Sampling
 from ..skipping import NO_BYPASS, Bypass
 from ..wire import isthmus_pb2 as pb
-from ..wire.framing import DRAFT_MINOR, PROTOCOL_MAJOR, SKIP_MINOR, fault_error, open_message, renumbered_step
+from ..wire.framing import (
+    DRAFT_MINOR,
+    FFN_SKIP_MINOR,
+    PROTOCOL_MAJOR,
+    SKIP_MINOR,
+    fault_error,
+    open_message,
+    renumbered_step,
+)
 from ..wire.security import ChannelSecurity
 from ..wire.stream import ClientStream, DamagedMessageError
 from ..wire.transport import PIPELINE_DEPTH, RESULTS_KEPT
@@ -222,11 +230,7 @@ class RemoteSession:
         for resends in range(_MAX_RESENDS, -1, -1):
             self._connect(request)
             try:
-                if self._opening[-1] and self.minor < SKIP_MINOR:
-                    raise LinkError(
-                        f"{address} speaks protocol {PROTOCOL_MAJOR}.{self.minor}: a skip schedule needs "
-                        f"{PROTOCOL_MAJOR}.{SKIP_MINOR}; update the server, or leave the schedule out"
-                    )
+                self._check_skipping(address)
                 self.id = self._expect("opened", self._peers.step_timeout).opened.session
                 return
             except BaseException as error:
@@ -234,6 +238,19 @@ class RemoteSession:
                 refused = isinstance(error, ProtocolError) and error.code == "BAD_CRC"
                 if not (refused or isinstance(error, DamagedMessageError)) or not resends:
                     raise
+
+    def _check_skipping(self, address: str) -> None:
+        """Raise `LinkError` if the server is too old to leave out what the device does."""
+        bypass = self._opening[-1]
+        for what, asked, minor in (
+            ("a skip schedule", bool(bypass.blocks), SKIP_MINOR),
+            ("to skip feed-forward networks", bypass.ffn_similarity is not None, FFN_SKIP_MINOR),
+        ):
+            if asked and self.minor < minor:
+                raise LinkError(
+                    f"{address} speaks protocol {PROTOCOL_MAJOR}.{self.minor}: {what} needs {PROTOCOL_MAJOR}.{minor}; "
+                    "update the server, or leave it out"
+                )
 
     def _acknowledge(self, result: pb.Result) -> pb.Result | None:
         if result.step <= self.acknowledged:

@@ -102,7 +102,7 @@ class Prefix:
     def __init__(self, cache: PrefixCache, compute: ComputeSession, scope: str, bypass: Bypass = NO_BYPASS) -> None:
         self._cache = cache
         self._compute = compute
-        self._bypass = sorted(bypass.items())
+        self._bypass = bypass
         self._hashes = [sha256(scope.encode()).digest()]  # by a number of positions: of the hidden states up to there
         self._offered = 0  # positions whose blocks the cache has, or did not want
 
@@ -126,11 +126,13 @@ class Prefix:
         if len(self._hashes) <= first:
             return 0  # keys and values that a device has sent: nobody knows what made them
         rows = np.ascontiguousarray(hidden)
-        for position, row in enumerate(rows, first):
+        thresholds = self._bypass.ffn_thresholds(first, len(rows))
+        for position, (row, threshold) in enumerate(zip(rows, thresholds, strict=True), first):
             digest = sha256(self._hashes[-1])
-            for layer, start in self._bypass:
+            for layer, start in sorted(self._bypass.blocks.items()):
                 if start <= position:
                     digest.update(layer.to_bytes(4, "little"))
+            digest.update(threshold.tobytes())
             digest.update(row)
             self._hashes.append(digest.digest())
         end = first + len(rows) - last

@@ -324,7 +324,7 @@ class SessionTable:
                 f"{len(request.context_ids)} context ids: must be at most max_tokens={max_tokens}, each below the "
                 f"vocabulary's {vocabulary}",
             )
-        bypass = read_bypass(request.bypass, self._engine.manifest)
+        bypass = read_bypass(request, self._engine.manifest)
         kv_bytes = self._engine.kv_bytes(max_tokens)
         self._admit(kv_bytes, owner)
         try:

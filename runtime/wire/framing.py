@@ -12,14 +12,15 @@ from ..._version import __version__
 from ...errors import ProtocolError, RequestError
 from ..bundle import Manifest
 from ..sampling import Sampling
-from ..skipping import NO_BYPASS, Bypass
+from ..skipping import NO_BYPASS, Bypass, checked_similarity
 from . import isthmus_pb2 as pb
 
 PROTOCOL_MAJOR = 1  # must be equal on both ends
-PROTOCOL_MINOR = 3  # the lower of both is spoken; 1 added keys and values, 2 drafts, 3 skip decoding
+PROTOCOL_MINOR = 4  # the lower of both is spoken; 1 added keys and values, 2 drafts, 3 skip decoding, 4 FFN skipping
 KV_MINOR = 1
 DRAFT_MINOR = 2
 SKIP_MINOR = 3
+FFN_SKIP_MINOR = 4
 
 _STEP_HEADER = struct.Struct("<QII?")
 _KV_HEADER = struct.Struct("<IIi")
@@ -193,8 +194,14 @@ def open_message(max_tokens: int, sampling: Sampling, context_ids: Sequence[int]
         seed=sampling.seed,
         accept_distance=sampling.accept_distance,
     )
-    left_out = [pb.Bypass(first_layer=layer, position=position) for layer, position in bypass.items()]
-    opening = pb.Open(max_tokens=max_tokens, sampling=wire, context_ids=context_ids, bypass=left_out)
+    opening = pb.Open(
+        max_tokens=max_tokens,
+        sampling=wire,
+        context_ids=context_ids,
+        bypass=[pb.Bypass(first_layer=layer, position=position) for layer, position in bypass.blocks.items()],
+        ffn_similarity=bypass.ffn_similarity or 0.0,
+        ffn_from=bypass.ffn_from,
+    )
     return pb.ClientMessage(open=opening).SerializeToString()
 
 
@@ -214,16 +221,22 @@ def read_sampling(wire: pb.Sampling) -> Sampling:
         raise Refusal("BAD_REQUEST", str(error)) from error
 
 
-def read_bypass(wire: Sequence[pb.Bypass], manifest: Manifest) -> Bypass:
-    """The blocks that an `Open` leaves out; raises `Refusal` unless they are the server's, each named once."""
+def read_bypass(opening: pb.Open, manifest: Manifest) -> Bypass:
+    """What an `Open` leaves out; raises `Refusal` unless blocks are the server's, each named once, and graphs can."""
     starts = {segment.first_layer for segment in manifest.segments if segment.kind == "block"}
-    bypass = {each.first_layer: each.position for each in wire if each.first_layer >= manifest.split}
-    if len(bypass) != len(wire) or not starts.issuperset(bypass):
+    wire = opening.bypass
+    blocks = {each.first_layer: each.position for each in wire if each.first_layer >= manifest.split}
+    if len(blocks) != len(wire) or not starts.issuperset(blocks):
         raise Refusal(
             "BAD_REQUEST",
             f"blocks to leave out, of {len(wire)}: each must begin a block of this server's half, and come once",
         )
-    return bypass
+    if not opening.ffn_similarity:
+        return Bypass(blocks)
+    try:
+        return Bypass(blocks, checked_similarity(opening.ffn_similarity, manifest), opening.ffn_from)
+    except RequestError as error:
+        raise Refusal("BAD_REQUEST", str(error)) from error
 
 
 def step_crc(step: int, position: int, tokens: int, sample: bool, payload: bytes, drafted: Sequence[int] = ()) -> int:

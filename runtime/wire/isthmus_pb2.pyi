@@ -80,16 +80,20 @@ class Limits(_message.Message):
     def __init__(self, max_frame_bytes: _Optional[int] = ..., max_frame_tokens: _Optional[int] = ..., max_session_tokens: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("max_tokens", "sampling", "context_ids", "bypass")
+    __slots__ = ("max_tokens", "sampling", "context_ids", "bypass", "ffn_similarity", "ffn_from")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_IDS_FIELD_NUMBER: _ClassVar[int]
     BYPASS_FIELD_NUMBER: _ClassVar[int]
+    FFN_SIMILARITY_FIELD_NUMBER: _ClassVar[int]
+    FFN_FROM_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     sampling: Sampling
     context_ids: _containers.RepeatedScalarFieldContainer[int]
     bypass: _containers.RepeatedCompositeFieldContainer[Bypass]
-    def __init__(self, max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., context_ids: _Optional[_Iterable[int]] = ..., bypass: _Optional[_Iterable[_Union[Bypass, _Mapping]]] = ...) -> None: ...
+    ffn_similarity: float
+    ffn_from: int
+    def __init__(self, max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., context_ids: _Optional[_Iterable[int]] = ..., bypass: _Optional[_Iterable[_Union[Bypass, _Mapping]]] = ..., ffn_similarity: _Optional[float] = ..., ffn_from: _Optional[int] = ...) -> None: ...
 
 class Bypass(_message.Message):
     __slots__ = ("first_layer", "position")

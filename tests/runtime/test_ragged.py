@@ -18,6 +18,7 @@ from isthmus.runtime.back import BackEngine, BackSession
 from isthmus.runtime.bundle import open_bundle
 from isthmus.runtime.ragged import RaggedStack, advance_together
 from isthmus.runtime.sampling import Sampling
+from isthmus.runtime.skipping import Bypass
 
 CAPACITY = 96
 SLOTS = 5
@@ -30,7 +31,8 @@ all_precisions = pytest.mark.parametrize(("kind", "bits", "kv_bits", "block_size
 
 
 def server_half(tiny: Any, kind: str = "llama", bits: int = 4, kv_bits: int = 32, block_size: int = 32) -> Path:
-    options = {"front_kv_bits": kv_bits, "back_kv_bits": kv_bits, "block_size": block_size}
+    skips = kind != "llama-wide"  # its two layers leave nothing out
+    options = {"front_kv_bits": kv_bits, "back_kv_bits": kv_bits, "block_size": block_size, "ffn_skip": skips}
     folder: Path = tiny.bundle(kind, bits=bits, split=FIRST, **options)
     return folder / "server"
 
@@ -56,7 +58,9 @@ class Twin:
         rows = [each.rows(0, each.length) for each in (self.shared, self.alone)]
         for layer, (shared, alone) in enumerate(zip(*rows, strict=True)):
             block = FIRST + layer // 2 * 2
-            live = min(self.alone.length, self.shared.cache.bypass.get(block, CAPACITY))  # the rest is never read
+            live = min(
+                self.alone.length, self.shared.cache.bypass.blocks.get(block, CAPACITY)
+            )  # the rest is never read
             assert np.array_equal(shared[:, :, :live], alone[:, :, :live])
 
 
@@ -74,11 +78,15 @@ def test_a_session_never_depends_on_who_shares_the_batch(
         for _ in range(data.draw(st.integers(3, 12), "rounds")):
             if len(twins) < SLOTS and (not twins or data.draw(st.booleans(), "arrival")):
                 sampling = Sampling(temperature=1.0, repetition_penalty=1.2, seed=opened)
-                bypass = {
+                blocks = {
                     segment.first_layer: data.draw(st.integers(0, 20), "left out from")
                     for segment in batch.manifest.segments
                     if segment.kind == "block" and segment.half == "server" and data.draw(st.booleans(), "left out")
                 }
+                bypass = Bypass(blocks)
+                if batch.manifest.skips_ffn and data.draw(st.booleans(), "networks left out"):
+                    similarity, start = data.draw(st.sampled_from([0.5, 0.7, 0.8, 0.9])), data.draw(st.integers(0, 20))
+                    bypass = Bypass(blocks, similarity, start)
                 both = (engine.new_session(CAPACITY, sampling, [1, 2], bypass) for engine in (batch, single))
                 twins.append(Twin(*both, np.random.default_rng(opened)))
                 opened += 1

@@ -19,7 +19,7 @@ from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.segments import Embedding, LayerStack
 from isthmus.runtime.server.server import BackServer
-from isthmus.runtime.skipping import SkipSchedule, bypass_order, running_layers
+from isthmus.runtime.skipping import Bypass, SkipSchedule, bypass_order, running_layers
 from isthmus.runtime.wire import framing
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -45,7 +45,7 @@ def test_a_schedule_runs_the_fewest_blocks_that_its_budget_allows_and_never_one_
     least = data.draw(st.integers(min(most, layers - sum(map(len, inner))), most))
     schedule, prompt = SkipSchedule(most, least, data.draw(st.integers(1, 30))), data.draw(st.integers(1, 9))
     try:
-        bypass = schedule.bypass(inner, layers, prompt)
+        bypass = schedule.blocks(inner, layers, prompt)
     except RequestError:
         assert least < layers - sum(map(len, inner))
         return
@@ -102,7 +102,7 @@ def by_blocks(folder: Path, ids: list[int], bypass: dict[int, int]) -> np.ndarra
     for start in stack.starts:
         alone = {other: 0 for other in stack.starts if other != start}
         end = bypass.get(start, len(ids))
-        rows = stack.session(len(ids), alone).forward(hidden[:end]) if end else hidden[:0]
+        rows = stack.session(len(ids), Bypass(alone)).forward(hidden[:end]) if end else hidden[:0]
         hidden = np.concatenate([rows, hidden[end:]])
     return hidden
 
@@ -117,7 +117,7 @@ def test_no_chunking_changes_a_bit(tiny: Any, kind: str, bits: int, data: st.Dat
     elsewhere = [98, 99]  # blocks of the other half
     starts = data.draw(st.sets(st.sampled_from([*stack.starts, *elsewhere])))
     bypass = {start: data.draw(st.integers(0, 30)) for start in starts}
-    session, embedding = stack.session(len(ids) + 8, bypass), Embedding(open_bundle(folder, "device"))
+    session, embedding = stack.session(len(ids) + 8, Bypass(bypass)), Embedding(open_bundle(folder, "device"))
     parts: list[np.ndarray] = []
     while (at := session.cache.length) < len(ids):
         count = data.draw(st.integers(1, len(ids) - at))
@@ -132,7 +132,7 @@ def test_stretches_of_equal_length_and_blocks_keep_their_rows(tiny: Any) -> None
     folder = tiny.bundle("llama", bits=4, layers_per_block=1)
     device = open_bundle(folder, "device")
     bypass, ids = {98: 4, 99: 8}, list(range(1, 13))  # cuts by blocks of the other half
-    rows = LayerStack(device, 1).session(12, bypass).forward(Embedding(device).rows(ids))
+    rows = LayerStack(device, 1).session(12, Bypass(bypass)).forward(Embedding(device).rows(ids))
     assert np.array_equal(rows, by_blocks(folder, ids, {}))
 
 
@@ -158,12 +158,12 @@ def test_the_whole_model_on_the_device_leaves_out_what_the_schedule_says(tiny: A
     folder = small_blocks(tiny, None)
     ids, layers = expected(tiny)
     manifest = open_bundle(folder, "device").manifest
-    bypass = SCHEDULE.bypass(bypass_order(manifest), 4, len(PROMPT))
+    blocks = SCHEDULE.blocks(bypass_order(manifest), 4, len(PROMPT))
     assert layers[0] == 4
     assert layers[-1] == 2
-    assert layers == [running_layers(bypass, manifest, len(PROMPT) + number - 1) for number in range(NEW)]
+    assert layers == [running_layers(Bypass(blocks), manifest, len(PROMPT) + number - 1) for number in range(NEW)]
     model = EdgeModel(folder / "device")
-    hidden = by_blocks(folder, PROMPT + ids[:-1], dict(bypass))
+    hidden = by_blocks(folder, PROMPT + ids[:-1], blocks)
     assert model._head is not None
     logits = model._head.logits_many(hidden[len(PROMPT) - 1 :])
     assert logits.argmax(1).tolist() == ids
@@ -245,7 +245,7 @@ def test_blocks_that_are_not_the_servers_are_refused(
     back = model._back(model._levels[0], None)
     assert isinstance(back, RemoteBack)
     with pytest.raises(ProtocolError, match="each must begin a block of this server's half"):
-        back.open(20, Sampling(), (), bypass)
+        back.open(20, Sampling(), (), Bypass(bypass))
 
 
 def test_the_command_tells_how_many_layers_ran(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:

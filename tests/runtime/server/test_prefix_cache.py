@@ -241,10 +241,19 @@ def test_a_session_that_is_made_again_finds_what_it_had(
 def test_positions_that_leave_blocks_out_are_others(engine: Any, hidden: Any) -> None:
     cache = PrefixCache(ROOM)
     reused = []
-    for bypass in ({}, {2: 20}, {}, {2: 20}, {3: 20}, {2: 25}, {2: 20, 3: 30}):
-        Device(engine, hidden, cache, 0, bypass=bypass).send([6] * 48, 0, sample=False)
+    for blocks in ({}, {2: 20}, {}, {2: 20}, {3: 20}, {2: 25}, {2: 20, 3: 30}):
+        Device(engine, hidden, cache, 0, bypass=Bypass(blocks)).send([6] * 48, 0, sample=False)
         reused.append(cache.reused - sum(reused))
     assert reused == [0, 20, 48, 48, 20, 25, 30]
+
+
+def test_positions_that_leave_networks_out_are_others(engine: Any, hidden: Any) -> None:
+    cache = PrefixCache(ROOM)
+    reused = []
+    for bypass in (NO_BYPASS, Bypass({}, 0.9, 20), NO_BYPASS, Bypass({}, 0.9, 20), Bypass({}, 0.8, 25)):
+        Device(engine, hidden, cache, 0, bypass=bypass).send([6] * 48, 0, sample=False)
+        reused.append(cache.reused - sum(reused))
+    assert reused == [0, 20, 48, 48, 25]
 
 
 def run_together(engine: BackEngine, cache: PrefixCache | None, requests: Sequence[Any]) -> list[Any]:
@@ -286,7 +295,7 @@ def run_together(engine: BackEngine, cache: PrefixCache | None, requests: Sequen
     for tokens, (_, compute), (*_, bypass) in zip(results, sessions, requests, strict=True):
         rows = compute.rows(0, compute.length)
         for index, layer in enumerate(range(engine.manifest.split, engine.manifest.architecture.layers)):
-            rows[index, :, :, bypass.get(layer, compute.length) :] = 0  # what it left out, nobody has computed
+            rows[index, :, :, bypass.blocks.get(layer, compute.length) :] = 0  # what it left out, nobody has computed
         found.append((tokens, rows))
     for session, _ in sessions:
         session.close()
@@ -316,7 +325,7 @@ def test_sessions_in_one_batch_get_the_bits_of_a_server_that_keeps_nothing(
                 shared, own = data.draw(st.integers(0, 90)), data.draw(st.integers(1, 30))
                 prompt = np.concatenate([text[:shared], text[::-1][number : number + own] + np.float32(wave)])
                 heat = data.draw(st.sampled_from([0.0, 1.0]))
-                bypass = data.draw(st.sampled_from([{}, {}, {}, {2: 40}, {3: 40}]))
+                bypass = Bypass(data.draw(st.sampled_from([{}, {}, {}, {2: 40}, {3: 40}])))
                 requests.append(
                     (prompt, Sampling(temperature=heat, seed=number), data.draw(st.integers(5, 64)), bypass)
                 )
