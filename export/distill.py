@@ -109,7 +109,8 @@ def distill(
     from .draft_segment import write_draft
 
     training = {
-        "agreement": state.agreement,
+        "agreement": state.best_measurement.agreement,
+        "overlap": state.best_measurement.overlap,
         "curve": [list(point) for point in state.curve],
         "groups": groups,
         "minutes": state.seconds / 60,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -168,12 +169,45 @@ def test_the_graphs_compute_what_the_trained_module_does_in_any_chunks(bundle, b
 
 def test_a_draft_learns_what_its_model_says(train, bundle):
     record = train(minutes=0.25)
-    agreements = [point[2] for point in record.training["curve"]]
-    assert max(agreements) == record.training["agreement"]
-    assert max(agreements) > 2 / 96
+    best = max(record.training["curve"], key=lambda point: point[2] + point[3])
+    assert best[2:] == [record.training["agreement"], record.training["overlap"]]
+    assert best[2] > 2 / 96
+    assert 0 < best[3] <= 1
     draft = open_draft(open_bundle(bundle, "device"))
     assert draft is not None
     assert (draft.record.split, draft.record.vocabulary) == (SPLIT, 96)
+
+
+def test_the_gradient_of_tvd_plus_is_that_of_the_total_variation_distance():
+    torch.manual_seed(0)
+    logits = torch.randn(40, 30, requires_grad=True)
+    wanted = torch.randn(40, 30).log_softmax(-1)
+    own = logits.log_softmax(-1)
+    (gradient,) = torch.autograd.grad(draft_training.tvd_plus(own, wanted), logits, retain_graph=True)
+    distance = 0.5 * (own.exp() - wanted.exp()).abs().sum(-1).mean()
+    (expected,) = torch.autograd.grad(distance, logits)
+    scale = (gradient * expected).sum() / (expected * expected).sum()
+    assert scale > 1, "normalized: the rewards' spread is below 1"
+    assert torch.allclose(gradient, scale * expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("patience", "steps"), [(1000, 40), (1, 10)], ids=["by time", "sooner, where nothing rises"])
+def test_the_loss_becomes_tvd_plus_towards_the_end(train, bundle, monkeypatch, patience, steps):
+    losses = []
+    for name in ("kl_divergence", "tvd_plus"):
+        inner = getattr(draft_training, name)
+        monkeypatch.setattr(draft_training, name, lambda *a, name=name, inner=inner: losses.append(name) or inner(*a))
+    monkeypatch.setattr(draft_training, "PATIENCE", patience)
+    clock = itertools.count()
+    monkeypatch.setattr(draft_training.time, "monotonic", lambda: float(next(clock)))  # a step takes a second
+    if patience == 1:
+        measured = iter([(0.5, 0.5), *[(0.1, 0.1)] * 100])
+        monkeypatch.setattr(draft_training, "quality", lambda *_: next(measured))
+    train(minutes=1)
+    first = losses.index("tvd_plus")
+    assert losses == ["kl_divergence"] * first + ["tvd_plus"] * (len(losses) - first)
+    assert abs(first - steps) <= 3
+    assert abs(len(losses) - first - 18) <= 3, "three tenths of a minute"
 
 
 def test_an_interrupted_training_goes_on(train, bundle):
