@@ -33,11 +33,13 @@ from tqdm import tqdm
 
 from isthmus.export.checkpoint import Checkpoint, open_checkpoint
 from isthmus.export.conversations import WINDOW, Conversations
-from isthmus.export.distill import D_FF_SHARE, VOCABULARY, most_used, square_map
+from isthmus.export.distill import VOCABULARY, most_used, square_map
+from isthmus.export.draft_costs import draft_d_ff
 from isthmus.export.draft_model import DraftModel, DraftShape, initial_weights, load_weights
 from isthmus.export.draft_training import Teacher, train
 from isthmus.export.families import family_of
 from isthmus.export.families.common import EMBEDDING, FINAL_NORM, HEAD
+from isthmus.export.footprint import Footprint
 from isthmus.export.rope import rope_tables
 from isthmus.export.sources import resolve_model
 from isthmus.runtime.bundle import Architecture
@@ -161,7 +163,7 @@ def main() -> None:
     teacher = Teacher(checkpoint.tensor(FINAL_NORM), arch.norm_epsilon, head, ids)
     square = square_map(texts)
     torch.manual_seed(0)
-    shape = DraftShape(arch, round(D_FF_SHARE * arch.d_ff), len(ids))
+    shape = DraftShape(arch, draft_d_ff(Footprint(arch), args.split, len(ids)), len(ids))
     layer = DraftModel(shape, WINDOW)
     use = np.linalg.norm(checkpoint.tensor(family.tensors(arch, arch.layers - 1).down), axis=0)
     load_weights(layer, initial_weights(checkpoint, family, shape, ids, square, use))

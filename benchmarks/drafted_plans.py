@@ -2,7 +2,7 @@
 
     python benchmarks/drafted_plans.py --bundle OUT [--rtts 10ms,80ms] [--rate 10mbit] [--figures FILE]
 
-The bundle is split where its draft is shipped. Server, link and device are processes of their own on this machine, one
+The bundle is split where a draft is shipped. Server, link and device are processes of their own on this machine, one
 thread each for server and device; the machine is probed first. Each length, 0 for none, generates after the same
 prompts of `benchmarks/prompts`, in turns. With ``--figures``, what the longest drafts came to over each round trip is
 written to a file such as `export/drafts` has, for `isthmus.export.draft_costs`.
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,6 @@ def predict(
     prompt = round(sum(each.prompt_tokens for each in generations) / len(generations))
     length = prompt + round(sum(each.new_tokens for each in generations) / len(generations) / 2)
     limits = Limits(context=length, prompt_tokens=prompt, max_drop=None)
-    draft = shipped_figures(files)
     grid = Grid(
         manifest.architecture,
         accuracy,
@@ -84,7 +82,7 @@ def predict(
         machine,
         limits,
         modes=("split",),
-        draft=replace(draft, split=manifest.split) if draft is not None else None,
+        drafts=shipped_figures(files),
     )
     wanted = {"split": manifest.split, "front_bits": manifest.front_bits, "back_bits": manifest.back_bits}
     wanted |= {"kv_bits": 32, "codec": "klt", "level": LEVEL}
@@ -153,6 +151,8 @@ def main() -> None:
     served = ("serve", args.bundle / "server", "--insecure", "--threads", 1, "--listen", "127.0.0.1:0")
     with serving(*served, cores=there) as (server, _):
         manifest = EdgeModel(args.bundle / "device", server=server, draft="off", threads=1).manifest
+        if manifest.split not in shipped_figures(manifest.source.files):
+            sys.exit(f"no draft is shipped for split {manifest.split}")
         for rtt in rtts:
             shape = ("--rtt", rtt, "--rate", args.rate, "--listen", "127.0.0.1:0")
             with serving("link", "--connect", server, *shape, cores=cores) as (link, _):
@@ -174,15 +174,15 @@ def main() -> None:
     print(
         tabulate(
             lines,
-            [*headers, "tokens a trip"],
+            headers,
             tablefmt="github",
             floatfmt=("", "", ".1f", ".1f", ".2f", ".0f", ".0f", ".2f"),
         )
     )
     if args.figures is not None:
-        draft = shipped_figures(manifest.source.files)
-        shape_ = {"split": manifest.split, "d_ff": draft.d_ff, "vocabulary": draft.vocabulary} if draft else {}
-        args.figures.write_text(json.dumps(shape_ | {"waits": waits}, indent=1) + "\n")
+        draft = shipped_figures(manifest.source.files)[manifest.split]
+        shape = {"d_ff": draft.d_ff, "vocabulary": draft.vocabulary, "waits": waits}
+        args.figures.write_text(json.dumps(shape, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def main() -> None:
     checkpoint = open_checkpoint(resolve_model(MODEL))
     arch = family_of(checkpoint.config).architecture(checkpoint.config)
     files = checkpoint.file_hashes()
-    accuracy, draft = find_accuracy(files), shipped_figures(files)
+    accuracy, drafts = find_accuracy(files), shipped_figures(files)
     if accuracy is None:
         sys.exit(f"measure it first: isthmus eval {MODEL} --for-plan")
     rows: list[dict[str, Any]] = []
@@ -186,7 +186,7 @@ def main() -> None:
             machine, share = emulated(load_profile(device), host)
             memory_mb = parse_megabytes(args.memory) if args.memory else load_profile(device).free_mb
             limits = Limits(memory_mb=memory_mb, context=CONTEXT, prompt_tokens=PROMPT, max_drop=MAX_DROP)
-            grid = Grid(arch, accuracy, machine, link_profile(link), host, limits, threads=1, draft=draft)
+            grid = Grid(arch, accuracy, machine, link_profile(link), host, limits, threads=1, drafts=drafts)
             for name, candidate in choices(grid).items():
                 if candidate is None:
                     continue

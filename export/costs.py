@@ -6,8 +6,8 @@ Times come from device profiles (`isthmus.export.latency`), drops from measureme
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -37,7 +37,7 @@ class Costs:
     """Parts of all candidates for one model, device, link and server.
 
     Attributes:
-        draft: trained for the model, if there is one.
+        drafts: trained for the model, by the split whose hidden states they read.
         threads: of the device; None for all that its profile has figures for.
     """
 
@@ -48,7 +48,7 @@ class Costs:
     server: DeviceProfile | None
     limits: Limits
     threads: int | None = None
-    draft: DraftFigures | None = None
+    drafts: Mapping[int, DraftFigures] = field(default_factory=dict)
 
     @cached_property
     def footprint(self) -> Footprint:
@@ -152,18 +152,20 @@ class Costs:
         }
 
     @cached_property
-    def draft_mb(self) -> float:
-        """What the draft takes of the device's memory: weights, cache, and the hidden states that it has not seen."""
-        if self.draft is None:
-            return 0.0
-        weights = [weight for graph in self.draft.weights(self.footprint) for weight in graph]
+    def draft_mb(self) -> dict[int, float]:
+        """What a draft takes of the device's memory: weights, cache, and the hidden states that it has not seen."""
         running = self.footprint.kv_bytes(1, 32, self.limits.context) + 4 * self.arch.d_model * self.limits.context
-        return 2 * GRAPH_MB + (sum(weight.prepacked_bytes for weight in weights) + running) / 1e6
+
+        def taken(draft: DraftFigures) -> float:
+            weights = [weight for graph in draft.weights(self.footprint) for weight in graph]
+            return 2 * GRAPH_MB + (sum(weight.prepacked_bytes for weight in weights) + running) / 1e6
+
+        return {split: taken(draft) for split, draft in self.drafts.items()}
 
     @cached_property
-    def guess_ms(self) -> float:
-        """Of the draft, at full context."""
-        return 0.0 if self.draft is None else self.device_speed.guess(self.draft, self.limits.context)
+    def guess_ms(self) -> dict[int, float]:
+        """Ms of a draft's guess at full context."""
+        return {split: self.device_speed.guess(draft, self.limits.context) for split, draft in self.drafts.items()}
 
     @cached_property
     def _drops(self) -> dict[tuple[object, ...], tuple[float, float]]:

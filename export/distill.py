@@ -24,8 +24,10 @@ from ..runtime.draft_bundle import DraftRecord
 from .calibration import document_start, render_chat, self_written_windows
 from .checkpoint import Checkpoint, TokenizerFiles, open_checkpoint
 from .conversations import WINDOW, ChatFormat, Conversations, Writer
+from .draft_costs import draft_d_ff
 from .families import family_of
 from .families.common import EMBEDDING, FINAL_NORM, HEAD
+from .footprint import Footprint
 from .progress import Progress, silent
 from .prompts import default_prompts, read_prompts
 from .reference import find_source
@@ -39,7 +41,6 @@ logger = logging.getLogger(__name__)
 MINUTES = 60.0
 GROUPS = 24  # of conversations, 32,768 tokens each, one of them held out
 VOCABULARY = 4608
-D_FF_SHARE = 2 / 3  # of the model's own: with the default vocabulary a guess then takes a seventh of ten layers' time
 LEAST_GROUPS = 2
 PASSAGES = 64
 OWN_PROMPTS = 0.75  # of all prompts, those that the model writes; the others come from the templates
@@ -332,8 +333,7 @@ def _train(
     ids = most_used(texts, arch.vocab_size, vocabulary)
     norm = checkpoint.tensor(FINAL_NORM)
     head = checkpoint.tensor(EMBEDDING if arch.tied_embeddings else HEAD)[ids]
-    d_ff = -(-round(D_FF_SHARE * arch.d_ff) // 32) * 32
-    shape = DraftShape(arch, d_ff, len(ids))
+    shape = DraftShape(arch, draft_d_ff(Footprint(arch), manifest.split, len(ids)), len(ids))
     down = checkpoint.tensor(family.tensors(arch, arch.layers - 1).down)
     torch.set_num_threads(default_threads())
     torch.manual_seed(seed)

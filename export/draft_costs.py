@@ -26,9 +26,20 @@ BLOCK_SIZE = 32
 MAP, OTHERS = Precision(8, BLOCK_SIZE), Precision(4, BLOCK_SIZE, "mse")
 
 DRAFT_LENGTHS = (1, 2, 4, 6, 8)  # beside 0, none
+FRONT_SHARE = 0.168  # of the front's weights that a guess reads, those of the map twice: about a seventh of its time
 LEAST_FRONT_BITS = 4  # of the states that a draft is trained on; what it makes of coarser ones was not measured
 
 _LONGEST_RUN = 64  # drafts right after each other, beyond which nothing is counted
+
+
+def draft_d_ff(footprint: Footprint, split: int, vocabulary: int) -> int:
+    """Width of the MLP that makes a draft `FRONT_SHARE` of the front: from a third of the model's to all of it."""
+    arch = footprint.arch
+    d_model, mlp = arch.d_model, 3 * arch.d_ff * arch.d_model
+    layer = footprint.layer_parameters
+    left = FRONT_SHARE * split * layer - (layer - mlp) - (2 * d_model + vocabulary) * d_model
+    width = min(max(left / (3 * d_model), arch.d_ff / 3), arch.d_ff)
+    return -(-round(width) // BLOCK_SIZE) * BLOCK_SIZE
 
 
 @dataclass(frozen=True)
@@ -62,13 +73,11 @@ class DraftFigures:
     """A trained draft, as far as a plan needs to know it.
 
     Attributes:
-        split: whose hidden states it reads.
         d_ff: of its layer.
         vocabulary: rows of its head.
         waits: measured, from short to long.
     """
 
-    split: int
     d_ff: int
     vocabulary: int
     waits: tuple[Wait, ...]
@@ -78,7 +87,7 @@ class DraftFigures:
         """Read a file of what `benchmarks/drafted_plans.py` measured."""
         data = json.loads(path.read_text(encoding="utf-8"))
         waits = tuple(Wait(**row | {"acceptance": tuple(row["acceptance"])}) for row in data["waits"])
-        return cls(data["split"], data["d_ff"], data["vocabulary"], waits)
+        return cls(data["d_ff"], data["vocabulary"], waits)
 
     def weights(self, footprint: Footprint) -> tuple[tuple[StoredWeight, ...], tuple[StoredWeight, ...]]:
         """Of its layer, with the map before it, and of its head."""

@@ -7,8 +7,8 @@ hidden states of all positions at the split.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ..devices.budget import STEP_BYTES
@@ -40,7 +40,7 @@ class Grid:
     Attributes:
         threads: of the device; None for all that its profile has figures for.
         modes: that are looked at, of `isthmus.export.plan.MODES`.
-        draft: trained for the model, if there is one; without it nothing is drafted.
+        drafts: trained for the model, by the split whose hidden states they read; elsewhere nothing is drafted.
     """
 
     arch: Architecture
@@ -51,7 +51,7 @@ class Grid:
     limits: Limits
     threads: int | None = None
     modes: tuple[str, ...] = MODES
-    draft: DraftFigures | None = None
+    drafts: Mapping[int, DraftFigures] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.limits.context > self.arch.max_positions:
@@ -71,7 +71,7 @@ class Grid:
     @cached_property
     def _costs(self) -> Costs:
         return Costs(
-            self.arch, self.accuracy, self.device, self.link, self.server, self.limits, self.threads, self.draft
+            self.arch, self.accuracy, self.device, self.link, self.server, self.limits, self.threads, self.drafts
         )
 
     def candidates(self) -> list[Candidate]:
@@ -106,10 +106,10 @@ class Grid:
         front = candidate.split * device.decode_layer(bits, length) + device.calls(candidate.split)
         coding = {"encode": device.codec(encode=True), "decode": server.codec(encode=False)}
         parts = {"device": front} | ({} if candidate.codec.startswith("raw") else coding) | parts
-        if self.draft is None or not candidate.draft_length:
+        if not candidate.draft_length:
             return parts
         times = self._step_times(candidate, sum(parts.values()))
-        tokens = self.draft.drafted(times, candidate.draft_length).tokens
+        tokens = self.drafts[candidate.split].drafted(times, candidate.draft_length).tokens
         parts = {name: ms / tokens for name, ms in parts.items()}  # of the token that waits for a round trip
         return parts | {"drafts that were right": candidate.ms_per_token - sum(parts.values())}
 
@@ -242,8 +242,8 @@ class Grid:
 
     def _drafted(self, split: Candidate) -> Iterator[Candidate]:
         """The same cut with drafts, if there is a draft for its hidden states."""
-        draft, costs = self.draft, self._costs
-        if draft is None or draft.split != split.split or split.front_bits < LEAST_FRONT_BITS:
+        draft, costs = self.drafts.get(split.split), self._costs
+        if draft is None or split.front_bits < LEAST_FRONT_BITS:
             return
         times = self._step_times(split, split.ms_per_token)
         for length in DRAFT_LENGTHS:
@@ -251,7 +251,7 @@ class Grid:
             yield replace(
                 split,
                 draft_length=length,
-                memory_mb=split.memory_mb + costs.draft_mb,
+                memory_mb=split.memory_mb + costs.draft_mb[split.split],
                 ms_per_token=drafted.ms_per_token,
                 worst_ms=split.worst_ms + times.draft_ms,  # one may be in the answer's way
                 bytes_per_token=drafted.frames * split.bytes_per_token,
@@ -263,7 +263,7 @@ class Grid:
         coding = 0.0 if split.codec.startswith("raw") else costs.device_speed.codec(encode=True)
         front = costs.front[split.front_bits] * split.split + costs.device_speed.calls(split.split) + coding
         frame = costs.transfer(self._frame_bytes(split), up=True) - costs.transfer(0, up=True)
-        return StepTimes(front, front + costs.guess_ms, token_ms - front, frame)
+        return StepTimes(front, front + costs.guess_ms[split.split], token_ms - front, frame)
 
     def _hand_overs(self, split: Candidate, alone_ms: tuple[float, float]) -> Iterator[Candidate]:
         """The same cut, begun on the device alone; ``alone_ms`` is its first token and each later one there."""

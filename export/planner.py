@@ -125,8 +125,7 @@ def make_plan(
     machine, path = load_profile(device), link_profile(link)
     back = load_profile(server) if server is not None else None
     limits = limits or Limits(context=min(1024, arch.max_positions))
-    draft = shipped_figures(hashes)
-    report = search(Grid(arch, accuracy, machine, path, back, limits, threads, modes, draft))
+    report = search(Grid(arch, accuracy, machine, path, back, limits, threads, modes, shipped_figures(hashes)))
     plan = None
     if report.chosen is not None:
         plan = Plan(

@@ -48,12 +48,13 @@ def shipped_draft(files: Mapping[str, str], split: int) -> StoredDraft | None:
     return load_draft(_FOLDER / name)._replace(exits=ExitCurve.from_dict(exits))
 
 
-def shipped_figures(files: Mapping[str, str]) -> DraftFigures | None:
-    """What the planner needs to know of the draft that comes with the package for a checkpoint's files."""
-    for (digest, _), name in _SHIPPED.items():
-        if list(files.values()) == [digest]:
-            return DraftFigures.read((_FOLDER / name).with_suffix(".figures.json"))
-    return None
+def shipped_figures(files: Mapping[str, str]) -> dict[int, DraftFigures]:
+    """What the planner needs to know of the drafts that come with the package for a checkpoint's files, by split."""
+    return {
+        split: DraftFigures.read((_FOLDER / name).with_suffix(".figures.json"))
+        for (digest, split), name in _SHIPPED.items()
+        if list(files.values()) == [digest]
+    }
 
 
 def save_draft(path: Path, draft: StoredDraft) -> None:

@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.export.draft_costs import DRAFT_LENGTHS, DraftFigures, StepTimes, Wait
+from isthmus.export.draft_costs import DRAFT_LENGTHS, DraftFigures, StepTimes, Wait, draft_d_ff
+from isthmus.export.footprint import Footprint
 from isthmus.export.shipped_drafts import shipped_draft, shipped_figures
+from isthmus.runtime.bundle import Architecture
 
 SURE = Wait(drafts=10, wrong=0.0, gap=1.0, acceptance=(0.5, 0.7, 0.8))
 
 
 def figures(*waits: Wait) -> DraftFigures:
-    return DraftFigures(split=3, d_ff=1024, vocabulary=4608, waits=waits)
+    return DraftFigures(d_ff=1024, vocabulary=4608, waits=waits)
 
 
 def played(times: StepTimes, length: int, acceptance: tuple[float, ...], rng: random.Random) -> tuple[float, int]:
@@ -90,10 +92,22 @@ def test_between_measured_waits_it_is_between_what_came_of_them():
     assert tokens[0] < tokens[-1]
 
 
-def test_the_shipped_draft_is_the_one_that_was_measured():
+def test_the_shipped_drafts_are_those_that_were_measured():
     files = {"model.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
-    measured = shipped_figures(files)
-    draft = shipped_draft(files, measured.split)
-    assert len(draft.weights["gate"]) == measured.d_ff
-    assert len(draft.vocabulary) == measured.vocabulary
-    assert shipped_figures({"model.gguf": "0" * 64}) is None
+    figures = shipped_figures(files)
+    assert figures
+    for split, measured in figures.items():
+        draft = shipped_draft(files, split)
+        assert len(draft.weights["gate"]) == measured.d_ff
+        assert len(draft.vocabulary) == measured.vocabulary
+    assert shipped_figures({"model.gguf": "0" * 64}) == {}
+
+
+def test_a_draft_s_width_follows_its_front():
+    whole = 1536
+    arch = Architecture("llama", 30, 576, 9, 3, 64, whole, 49152, 1e-5, 1e5, 8192, tied_embeddings=True)
+    footprint = Footprint(arch)
+    assert draft_d_ff(footprint, 10, 4608) == 1024  # the shipped one's
+    assert draft_d_ff(footprint, 20, 8192) == whole
+    assert draft_d_ff(footprint, 1, 4608) == whole // 3
+    assert draft_d_ff(footprint, 10, 4096) > 1024

@@ -176,13 +176,13 @@ def test_sending_token_ids_costs_what_a_step_of_them_does_and_needs_no_weights(e
 
 
 WAIT = Wait(drafts=10, wrong=4.0, gap=1.5, acceptance=(0.5, 0.7, 0.8))
-DRAFT = DraftFigures(split=3, d_ff=1024, vocabulary=4608, waits=(WAIT,))
+DRAFT = DraftFigures(d_ff=1024, vocabulary=4608, waits=(WAIT,))
 
 
 @pytest.fixture(scope="module")
 def drafting() -> Grid:
     """With a draft for split 3."""
-    return dataclasses.replace(grid(device="raspberry-pi-5", link="lte"), draft=DRAFT)
+    return dataclasses.replace(grid(device="raspberry-pi-5", link="lte"), drafts={3: DRAFT})
 
 
 def test_cuts_with_a_draft_are_planned_with_every_length_and_others_with_none(drafting):
@@ -190,7 +190,7 @@ def test_cuts_with_a_draft_are_planned_with_every_length_and_others_with_none(dr
     assert {c.draft_length for c in candidates if c.mode == "split" and c.split == 3} == {0, *DRAFT_LENGTHS}
     others = [c for c in candidates if c.mode != "split" or c.split != 3 or c.front_bits < 4]
     assert {c.draft_length for c in others} == {0}
-    undrafted = dataclasses.replace(drafting, draft=None).candidates()
+    undrafted = dataclasses.replace(drafting, drafts={}).candidates()
     assert sorted(map(repr, undrafted)) == sorted(repr(c) for c in candidates if not c.draft_length)
 
 
