@@ -51,8 +51,8 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--codec",
         metavar="NAME",
-        help="raw32, raw16, tabq or klt (default: klt if export calibrated it, else tabq; where the whole model is on "
-        "the server, ids)",
+        help="raw32, raw16, tabq, tabq-rans or klt (default: klt if export calibrated it, else tabq; where the whole "
+        "model is on the server, ids)",
     )
     parser.add_argument("--level", type=int, metavar="N", help="of the codec, from 0, the finest (default 2)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the processors at hand, at most 4")
@@ -103,8 +103,9 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
         "--ffn-skip",
         type=float,
         metavar="COSINE",
-        help="where a feed-forward network turned a generated token's hidden state by no more than this cosine, as in "
-        "0.98, leave the next one out. The text is no longer the full model's. For bundles exported with --ffn-skip",
+        help="where a generated token's hidden states before and after a feed-forward network have at least this "
+        "cosine, as in 0.98, leave the next one out. The text is no longer the full model's. For bundles exported with "
+        "--ffn-skip",
     )
     parser.add_argument(
         "--accept",

@@ -48,7 +48,11 @@ def open_levels(bundle: Bundle, name: str) -> tuple[Codec, ...]:
     """
     known = [codec for codec in bundle.manifest.codecs if codec in CODECS]
     if name not in known:
-        raise CodecError(f"codec {name!r} is unknown; choose one of {', '.join(known)}")
+        if name in ("klt", "tabq-rans"):
+            reason = "needs calibration, which this bundle was exported without"
+        else:
+            reason = "is not for this bundle" if name in CODECS else "is unknown"
+        raise CodecError(f"codec {name!r} {reason}; choose one of {', '.join(known)}")
     arch = bundle.manifest.architecture
     tabq = tuple(TabQ(tolerance=tolerance) for tolerance in TOLERANCES)
     match name:

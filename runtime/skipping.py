@@ -99,8 +99,8 @@ class SkipSchedule:
             prompt_tokens: positions that run at full depth.
 
         Raises:
-            RequestError: the schedule is for a deeper model, or so few layers are left only without blocks that must
-                run.
+            RequestError: the schedule is for a deeper model, its last budget is too small for the blocks that must run,
+                or too large for any to be left out.
         """
         if self.most > layers:
             raise RequestError(f"skip schedule {self}: the model has {layers} layers; begin with as many or fewer")
@@ -108,6 +108,12 @@ class SkipSchedule:
             raise RequestError(
                 f"skip schedule {self}: {layers - sum(map(len, order))} of {layers} layers always run in this bundle; "
                 "end with as many or more, or export smaller blocks (--layers-per-block 1)"
+            )
+        first = len(order[0])
+        if self.least < layers < self.least + first:
+            raise RequestError(
+                f"skip schedule {self}: nothing is ever left out, the block that goes first has {first} layers; end "
+                f"with {layers - first} or fewer, or export smaller blocks (--layers-per-block 1)"
             )
         blocks: dict[int, int] = {}
         running, token = layers, 0

@@ -33,20 +33,27 @@ def read_run(path: str | Path) -> RecordedRun:
     """Read a recorded generation.
 
     Raises:
-        RequestError: the file cannot be read, or is none.
+        RequestError: the file cannot be read, is none, or the full model did not write it.
     """
     try:
         data = json.loads(Path(path).read_bytes())
-        return RecordedRun(
+        run = RecordedRun(
             tuple(map(int, data["prompt_ids"])),
             tuple(map(int, data["token_ids"])),
             Sampling(**data["sampling"]),
             str(data["manifest_sha256"]),
         )
+        partial = [key for key in ("skip_schedule", "ffn_skip", "exited") if data.get(key)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RequestError(
             f"{path}: no recorded run ({error!r}); give what `isthmus generate --json` printed"
         ) from error
+    if partial:
+        raise RequestError(
+            f"{path}: the full model repeats a run, and did not write all of this one ({', '.join(partial)}); record "
+            "one with neither skipping nor exits"
+        )
+    return run
 
 
 def regenerate(

@@ -120,9 +120,9 @@ class EdgeModel:
                 is late; 0 promises nothing, and takes it however unsure the draft is.
             skip_schedule: generated tokens leave blocks of layers out, on both sides, ever more of them as the text
                 goes on. The text is no longer the full model's.
-            ffn_skip: a generated token leaves out feed-forward networks, on both sides, behind one that turned its
-                hidden state by no more than this cosine; for bundles exported with ``ffn_skip``. The text is no longer
-                the full model's.
+            ffn_skip: a generated token leaves out feed-forward networks, on both sides, behind one before and after
+                which its hidden states have at least this cosine; for bundles exported with ``ffn_skip``. The text is
+                no longer the full model's.
 
         Raises:
             BundleError: the folder is no intact device half.
@@ -356,6 +356,8 @@ class EdgeModel:
             started=started,
             controller=controller,
             drafts=drafts,
+            skip_schedule=self._skip_schedule,
+            ffn_skip=self._ffn_skip,
         )
 
     def generate(

@@ -68,7 +68,7 @@ def check_exits(agreement: float, manifest: Manifest, *, server: bool, draft: Dr
     """
     reason = _nothing_to_save(manifest, "exited tokens", server=server)
     if reason is None and skips:
-        reason = "exits are calibrated at full depth, and layers are to be skipped"
+        reason = "exits are calibrated at full depth, and a skip schedule or ffn skip leaves a part of it out"
     if reason is None and draft not in ("auto", "off"):
         reason = f"with exits nothing is drafted, and draft={draft!r} was asked for"
     if reason is not None:

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any, Self
 
 from ..sampling import Sampling
+from ..skipping import SkipSchedule
 from ..text import Detokenizer, StopStrings, Tokenizer
 from .controller import Controller, LevelChange
 from .drafting import DraftCounts
@@ -34,6 +35,8 @@ class Generation:
         sampling: how tokens were chosen.
         manifest_sha256: of the export; with the two before, another run of it repeats this one.
         replays: of a session that was lost with its server.
+        skip_schedule: by which blocks of layers were left out, if they were.
+        ffn_skip: by which feed-forward networks were left out, if they were.
     """
 
     text: str
@@ -56,6 +59,8 @@ class Generation:
     sampling: Sampling = field(default_factory=Sampling)
     manifest_sha256: str = ""
     replays: tuple[Replay, ...] = ()
+    skip_schedule: SkipSchedule | None = None
+    ffn_skip: float | None = None
 
     @property
     def tokens_per_round_trip(self) -> float | None:
@@ -113,6 +118,7 @@ class Generation:
         result |= {"drafted": self.drafts.drafted, "accepted": self.drafts.accepted}
         result |= {"exited": self.exited, "mean_layers": self.mean_layers}
         result["tokens_per_round_trip"] = self.tokens_per_round_trip
+        result["skip_schedule"] = None if self.skip_schedule is None else str(self.skip_schedule)
         result["late_tokens"] = self.late_tokens
         result["level_changes"] = [change._asdict() for change in self.level_changes]
         result["replays"] = [replay._asdict() for replay in self.replays]
@@ -130,6 +136,8 @@ class TokenStream:
         codec: what hidden states are sent in; ``none`` if the device runs the whole model.
         started: `time.perf_counter` when the generation was asked for.
         drafts: what came of them so far.
+        skip_schedule: by which blocks of layers are left out.
+        ffn_skip: by which feed-forward networks are left out.
     """
 
     def __init__(
@@ -144,6 +152,8 @@ class TokenStream:
         started: float,
         controller: Controller | None = None,
         drafts: DraftCounts | None = None,
+        skip_schedule: SkipSchedule | None = None,
+        ffn_skip: float | None = None,
     ) -> None:
         self._tokens = tokens
         self.drafts = drafts if drafts is not None else DraftCounts()
@@ -154,6 +164,8 @@ class TokenStream:
         self.manifest_sha256 = manifest_sha256
         self.codec = codec
         self.started = started
+        self.skip_schedule = skip_schedule
+        self.ffn_skip = ffn_skip
 
     def __iter__(self) -> Iterator[Token]:
         return self._tokens
@@ -274,4 +286,6 @@ class TextStream:
             prompt_ids=self._tokens.prompt_ids,
             sampling=self._tokens.sampling,
             manifest_sha256=self._tokens.manifest_sha256,
+            skip_schedule=self._tokens.skip_schedule,
+            ffn_skip=self._tokens.ffn_skip,
         )

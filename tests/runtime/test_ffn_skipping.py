@@ -202,7 +202,7 @@ def test_thresholds_and_bundles_that_cannot_be_are_refused(
             EdgeModel(folder, ffn_skip=similarity)
     with pytest.raises(RequestError, match=r"export it again with --ffn-skip"):
         EdgeModel(tiny.bundle(bits=8) / "device", ffn_skip=0.9)
-    with pytest.raises(RequestError, match="calibrated at full depth, and layers are to be skipped"):
+    with pytest.raises(RequestError, match="calibrated at full depth, and a skip schedule or ffn skip leaves a part"):
         EdgeModel(skipping(tiny, split=1) / "device", server="127.0.0.1:1", exit_agreement=0.9, ffn_skip=0.9)
     with pytest.raises(ExportError, match="4 layers in blocks of 1: the first network of a block always runs"):
         skipping(tiny, layers_per_block=1)

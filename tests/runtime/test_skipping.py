@@ -47,7 +47,8 @@ def test_a_schedule_runs_the_fewest_blocks_that_its_budget_allows_and_never_one_
     try:
         bypass = schedule.blocks(inner, layers, prompt)
     except RequestError:
-        assert least < layers - sum(map(len, inner))
+        too_few, too_many = layers - sum(map(len, inner)), layers - len(inner[0])
+        assert least < too_few or too_many < least < layers
         return
     before = layers
     for token in range(40):
@@ -78,6 +79,8 @@ def test_a_schedule_that_a_bundle_cannot_keep_is_refused_before_anything_runs(ti
         EdgeModel(folder, skip_schedule=SkipSchedule(5, 2, 4))
     with pytest.raises(RequestError, match="2 of 4 layers always run"):
         EdgeModel(folder, skip_schedule=SkipSchedule(4, 1, 4))
+    with pytest.raises(RequestError, match=r"nothing is ever left out, .* 2 layers; end with 4 or fewer"):
+        SkipSchedule(6, 5, 4).blocks([range(2, 4)], 6, 1)
     with pytest.raises(RequestError, match="has 2 blocks"):
         EdgeModel(tiny.bundle(bits=8) / "device", skip_schedule=SCHEDULE)
 
@@ -252,6 +255,7 @@ def test_the_command_tells_how_many_layers_ran(tiny: Any, capsys: pytest.Capture
     command = ["generate", str(small_blocks(tiny, None) / "device"), "--prompt-ids", "3,1,4", "-n", "20"]
     assert main([*command, "--skip-schedule", "4:2:6", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
+    assert (result["skip_schedule"], result["ffn_skip"]) == ("4:2:6", None)
     assert result["mean_layers"] == sum(token["layers"] for token in result["tokens"]) / result["new_tokens"] < 4
     assert main([*command, "--skip-schedule", "4:2:6"]) == 0
     assert f"{result['mean_layers']:.1f} layers a token" in capsys.readouterr().err

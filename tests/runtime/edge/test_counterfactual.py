@@ -75,6 +75,13 @@ def test_a_file_that_is_no_run_is_refused(tmp_path, content):
         read_run(tmp_path / "missing")
 
 
+@pytest.mark.parametrize("part", [{"skip_schedule": "4:2:12"}, {"ffn_skip": 0.9}, {"exited": 3}])
+def test_a_run_that_the_full_model_did_not_write_is_refused(recorded, part):
+    recorded.write_text(json.dumps(json.loads(recorded.read_text()) | part))
+    with pytest.raises(RequestError, match=rf"did not write all of this one \({next(iter(part))}\)"):
+        read_run(recorded)
+
+
 def test_the_command_replays_a_printed_run(tiny, model, recorded, capsys):
     device = str(tiny.bundle(bits=4) / "device")
     command = ["generate", device, "--noise-of", str(recorded), "-n", "20", "--json"]

@@ -1,0 +1,1 @@
+"""Profiles of devices, one a file; `isthmus.devices.profile` reads them."""

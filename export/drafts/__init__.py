@@ -1,0 +1,1 @@
+"""Trained drafts that come with the package, and prompts to train others by."""
