@@ -29,6 +29,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocabulary", type=int, default=4608, metavar="N", help="ids that it can guess (default 4608)"
     )
+    parser.add_argument("--draft-layers", type=int, default=1, metavar="N", help="of the draft: 1 (default)")
+    parser.add_argument(
+        "--exits", type=int, metavar="LAYER", help="where tokens may exit with the draft: the split (default)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument(
@@ -58,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
                 minutes=args.minutes,
                 groups=args.groups,
                 vocabulary=args.vocabulary,
+                draft_layers=args.draft_layers,
+                exits=args.exits,
                 resume=args.resume,
                 progress=progress,
             )

@@ -57,6 +57,8 @@ def distill(
     minutes: float = MINUTES,
     groups: int = GROUPS,
     vocabulary: int = VOCABULARY,
+    draft_layers: int = 1,
+    exits: int | None = None,
     seed: int = 0,
     resume: bool = False,
     work: str | Path | None = None,
@@ -74,6 +76,8 @@ def distill(
         minutes: of training, at most.
         groups: of conversations that the model writes first, 32,768 tokens each.
         vocabulary: ids that can be drafted, those that the model writes most.
+        draft_layers: of the draft: one, which is as wide as its front allows.
+        exits: layers after which a token may exit with the draft: the split's, where the draft reads.
         seed: of prompts, sampling and training.
         resume: go on with what is in the work folder.
         work: folder for conversations and training; by default ``out/distill``.
@@ -92,6 +96,13 @@ def distill(
     manifest = bundle.manifest
     if not 0 < minutes < 100_000:
         raise ExportError(f"minutes={minutes}: must be above 0")
+    if draft_layers != 1:
+        raise ExportError(f"draft_layers={draft_layers}: a draft has 1 layer; a longer front gets a wider one")
+    if exits not in (None, manifest.split):
+        raise ExportError(
+            f"exits={exits}: tokens exit with the draft, which reads behind layer {manifest.split} of this bundle; "
+            f"export with --split {exits}, or leave it out"
+        )
     if groups < LEAST_GROUPS:
         raise ExportError(f"groups={groups}: must be at least {LEAST_GROUPS}, one of them to measure on")
     if not 16 <= vocabulary <= manifest.architecture.vocab_size:

@@ -21,9 +21,12 @@ _BITS, _BLOCK_SIZE = 8, 32
 
 _FOLDER = Path(__file__).parent / "drafts"
 
-# By the SHA-256 of the checkpoint's files, and the split.
+_SMOLLM2_135M = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # SHA-256 of the checkpoint's file
+
+# By checkpoint and split.
 _SHIPPED = {
-    ("b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 10): "smollm2-135m-instruct-split10.npz",
+    (_SMOLLM2_135M, 10): "smollm2-135m-instruct-split10.npz",
+    (_SMOLLM2_135M, 20): "smollm2-135m-instruct-split20.npz",
 }
 
 

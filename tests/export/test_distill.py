@@ -237,6 +237,8 @@ def test_what_was_begun_with_other_prompts_is_not_gone_on_with(train, tmp_path):
     [
         ({"minutes": 0}, "minutes=0"),
         ({"groups": 1}, "groups=1"),
+        ({"draft_layers": 2}, "a draft has 1 layer"),
+        ({"exits": 3}, "exits=3: .* export with --split 3"),
         ({"vocabulary": 300}, "vocabulary=300"),
         ({"vocabulary": 4}, "vocabulary=4"),
     ],
