@@ -144,7 +144,7 @@ def test_ids_are_its_only_codec_and_no_other_bundle_s(folder, tiny):
         EdgeModel(folder / "device", server="127.0.0.1:1", codec="klt")
     with pytest.raises(CodecError, match="ids has no levels"):
         open_codec(device, "ids", 1)
-    with pytest.raises(CodecError, match="'ids' is unknown"):
+    with pytest.raises(CodecError, match="'ids' is not for this bundle"):
         open_codec(open_bundle(tiny.bundle(split=2) / "device"), "ids")
 
 

@@ -13,6 +13,7 @@ from isthmus.errors import CodecError, LinkError, ProtocolError, RequestError
 from isthmus.quant.codec import Raw16
 from isthmus.runtime.edge.remote_session import LOCAL_ATTEMPTS
 from isthmus.runtime.sampling import Sampling
+from isthmus.runtime.skipping import NO_BYPASS
 from isthmus.runtime.wire import isthmus_pb2 as pb
 from isthmus.runtime.wire.stream import ClientStream
 from isthmus.runtime.wire.transport import PIPELINE_DEPTH
@@ -34,7 +35,7 @@ def test_sampling_arrives_at_the_server_exactly(server, make_link, engine, monke
     )
     sampling = Sampling(0.7, 40, 0.9, 0.05, 1.1, 2**64 - 1)
     make_link(server.address).open(99, sampling, [3, 1, 4])
-    assert seen == [(99, sampling, [3, 1, 4], {})]
+    assert seen == [(99, sampling, [3, 1, 4], NO_BYPASS)]
 
 
 def test_prefill_frames_travel_together_up_to_the_pipeline_depth(server, make_link, engine, hidden, eventually):

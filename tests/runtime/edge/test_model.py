@@ -146,7 +146,7 @@ def test_the_json_form_holds_what_the_command_prints(model: EdgeModel) -> None:
     assert set(found) == {
         *("text", "token_ids", "prompt_tokens", "new_tokens", "finish_reason", "ttft_ms", "decode_tokens_per_s"),
         *("deadline_ms", "late_tokens", "level_changes", "drafted", "accepted", "tokens_per_round_trip"),
-        *("exited", "mean_layers", "least_drafts"),
+        *("exited", "mean_layers", "least_drafts", "skip_schedule", "ffn_skip"),
         *("prompt_ids", "sampling", "manifest_sha256", "replays"),
         *("bytes_up", "prefill_bytes_up", "decode_bytes_up", "bytes_down", "round_trips", "codec", "tokens", "moves"),
     }
