@@ -41,8 +41,8 @@ def test_two_hundred_sessions_finish_with_their_tokens_and_leave_nothing(serve, 
     assert server.resident_mb <= 1.05 * before
     # Connections that were closed end a little later.
     assert eventually(lambda: server.open_files <= descriptors + 4)
-    # gRPC's pool shrinks a little later, too.
-    assert eventually(lambda: server.threads <= threads)
+    # Threads by which gRPC's pool grew under load end when they have had nothing to do for 20 seconds.
+    assert eventually(lambda: server.threads <= threads, 40)
 
 
 @pytest.mark.slow
