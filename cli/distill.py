@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from ..runtime.exit_measurement import ExitText, calibrate_exits
     from .progress import progress_bar
 
-    common = {name: getattr(args, name) for name in ("model", "prompts", "seed", "work", "cache", "offline")}
+    common = {name: getattr(args, name) for name in ("model", "prompts", "exits", "seed", "work", "cache", "offline")}
     record = curve = None
     with progress_bar() as progress:
         if not args.exits_only:
@@ -63,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
                 groups=args.groups,
                 vocabulary=args.vocabulary,
                 draft_layers=args.draft_layers,
-                exits=args.exits,
                 resume=args.resume,
                 progress=progress,
             )

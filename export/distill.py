@@ -92,17 +92,12 @@ def distill(
     """
     import torch  # noqa: F401  (not first after an hour of conversations)
 
-    bundle = _split_bundle(out)
+    bundle = _split_bundle(out, exits)
     manifest = bundle.manifest
     if not 0 < minutes < 100_000:
         raise ExportError(f"minutes={minutes}: must be above 0")
     if draft_layers != 1:
         raise ExportError(f"draft_layers={draft_layers}: a draft has 1 layer; a longer front gets a wider one")
-    if exits not in (None, manifest.split):
-        raise ExportError(
-            f"exits={exits}: tokens exit with the draft, which reads behind layer {manifest.split} of this bundle; "
-            f"export with --split {exits}, or leave it out"
-        )
     if groups < LEAST_GROUPS:
         raise ExportError(f"groups={groups}: must be at least {LEAST_GROUPS}, one of them to measure on")
     if not 16 <= vocabulary <= manifest.architecture.vocab_size:
@@ -139,6 +134,7 @@ def exit_conversations(
     *,
     model: str | None = None,
     prompts: str | Path | None = None,
+    exits: int | None = None,
     seed: int = 0,
     work: str | Path | None = None,
     cache: str | Path | None = None,
@@ -151,6 +147,7 @@ def exit_conversations(
         out: see `distill`, as for the rest; what exits promise is for text like that of these prompts.
         model: see `distill`.
         prompts: see `distill`.
+        exits: see `distill`.
         seed: see `distill`.
         work: see `distill`; they are kept there.
         cache: see `distill`.
@@ -162,7 +159,7 @@ def exit_conversations(
         BundleError: see `distill`.
         ModelError: see `distill`.
     """
-    bundle = _split_bundle(out)
+    bundle = _split_bundle(out, exits)
     given = None if prompts is None else read_prompts(Path(prompts))
     cache_folder = Path(cache) if cache else None
     checkpoint = _checkpoint_of(bundle, model, cache_folder, offline, progress)
@@ -179,11 +176,16 @@ def exit_conversations(
     return Conversations.load(path)
 
 
-def _split_bundle(out: str | Path) -> Bundle:
+def _split_bundle(out: str | Path, exits: int | None) -> Bundle:
     bundle = open_bundle(out, "device")
     split = bundle.manifest.split
     if not 0 < split < bundle.manifest.architecture.layers:
         raise ExportError(f"{out}: nothing to draft for, its split is {split}; export with one in between")
+    if exits not in (None, split):
+        raise ExportError(
+            f"exits={exits}: tokens exit with the draft, which reads behind layer {split} of this bundle; export with "
+            f"--split {exits}, or leave it out"
+        )
     return bundle
 
 

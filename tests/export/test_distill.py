@@ -255,6 +255,11 @@ def test_another_model_is_refused(train, write_checkpoint, tmp_path):
         train(model=str(other))
 
 
+def test_exits_elsewhere_than_at_the_split_are_refused_where_they_are_only_measured(bundle):
+    with pytest.raises(ExportError, match=r"exits=3: .* export with --split 3"):
+        exit_conversations(bundle, exits=3)
+
+
 def test_a_bundle_without_a_split_is_refused(tiny):
     with pytest.raises(ExportError, match="nothing to draft for"):
         distill(tiny.bundle(bits=8))

@@ -15,6 +15,7 @@ import pytest
 from isthmus.quant.codec import Codec, Raw16, Raw32
 from isthmus.runtime.bundle import Architecture, KVSpec, Manifest, Source
 from isthmus.runtime.edge.link import RemoteBack
+from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.server.limits import ServerLimits
 from isthmus.runtime.server.server import BackServer
@@ -278,6 +279,24 @@ def expected() -> Callable[..., list[int]]:
 @pytest.fixture
 def hidden() -> Callable[..., np.ndarray]:
     return hidden_states
+
+
+def _tokens_though_stopped(model: EdgeModel, prompt: Sequence[int], new_tokens: int, server: BackServer) -> list[int]:
+    stream = model.tokens(prompt, max_new_tokens=new_tokens, end_tokens=())
+    tokens = []
+    for token in stream:
+        tokens.append(token.id)
+        if len(tokens) == new_tokens // 2:
+            server.stop()
+    stream.close()
+    assert len(stream.replays) == 1
+    return tokens
+
+
+@pytest.fixture
+def tokens_though_stopped() -> Callable[[EdgeModel, Sequence[int], int, BackServer], list[int]]:
+    """Generate greedily, stop the session's server half-way, and tell the tokens; it must be made again once."""
+    return _tokens_though_stopped
 
 
 @pytest.fixture

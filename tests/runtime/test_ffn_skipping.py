@@ -157,7 +157,7 @@ def test_split_and_drafted_tokens_are_those_of_the_whole_model(
 
 
 def test_a_session_that_is_made_again_and_one_that_is_handed_over_leave_out_the_same(
-    tiny: Any, serve: Callable[[Path], BackServer]
+    tiny: Any, serve: Callable[[Path], BackServer], tokens_though_stopped: Callable[..., list[int]]
 ) -> None:
     from isthmus.runtime.edge.handover import HandOver
 
@@ -166,15 +166,7 @@ def test_a_session_that_is_made_again_and_one_that_is_handed_over_leave_out_the_
     first, second = serve(folder), serve(folder)
     addresses = f"{first.address},{second.address}"
     model = EdgeModel(folder / "device", server=addresses, codec="raw32", draft="off", ffn_skip=SIMILARITY)
-    stream = model.tokens(PROMPT, max_new_tokens=NEW, end_tokens=())
-    tokens = []
-    for token in stream:
-        tokens.append(token.id)
-        if len(tokens) == NEW // 2:
-            first.stop()
-    stream.close()
-    assert len(stream.replays) == 1
-    assert tokens == expected
+    assert tokens_though_stopped(model, PROMPT, NEW, first) == expected
     whole = skipping(tiny, split=1, device_layers="all")
     model = edge(whole, serve(whole), ffn_skip=SIMILARITY)
     for send in ("kv", "hidden"):
