@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from isthmus.devices.backend import Graph
-from isthmus.export.klt_fit import CalibrationStates, fit_klt
+from isthmus.export.klt_fit import GRADIENT_SHARE, CalibrationStates, fit_klt
 from isthmus.quant.codec import Codec, Raw16, Raw32
 from isthmus.quant.klt import KLT
 from isthmus.quant.tabq import TabQ
@@ -53,7 +53,7 @@ def synthetic_klt(d_model: int) -> KLT:
     texts = [(rng.standard_normal((128, d_model)) * spectrum).astype(np.float32) for _ in range(CALIBRATION[d_model])]
     ids = [rng.integers(0, VOCABULARY, 128).tolist() for _ in texts]
     table = np.zeros((VOCABULARY, d_model), np.float32)  # tells nothing of a token
-    return KLT(fit_klt(CalibrationStates(ids, texts, texts[:8], table, table), lambda *call: None), 2)
+    return KLT(fit_klt(CalibrationStates(ids, texts, texts[::GRADIENT_SHARE], table, table), lambda *call: None), 2)
 
 
 def median_microseconds(call: Callable[[], object]) -> float:

@@ -29,9 +29,9 @@ WINDOW = 512
 LEVELS = (1, 2, 3, 4)
 
 
-def unweighted(gradients: list[NDArray[np.float32]]) -> NDArray[np.float64]:
+def unweighted(gradients: NDArray[np.float32]) -> NDArray[np.float64]:
     """All directions alike."""
-    return np.eye(gradients[0].shape[1])
+    return np.eye(gradients.shape[1])
 
 
 def measure(model: str, text: Path, split: int, tokens: int) -> list[dict[str, Any]]:

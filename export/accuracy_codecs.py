@@ -15,11 +15,11 @@ from ..quant.opsc import Recipe
 from ..quant.tabq import TOLERANCES, TabQ
 from ..quant.tabq_rans import TabQRans
 from ..quant.trellis import native
-from .calibration import document_start
-from .codec_calibration import GRADIENT_SHARE, fit_codecs
+from .codec_calibration import fit_codecs, short_texts
 from .families.common import EMBEDDING
 from .float_gradients import gradients_down_to
-from .front_states import NEAR_BLOCK_SIZE, isolated_states
+from .front_states import NEAR_BLOCK_SIZE, typical_states
+from .klt_fit import GRADIENT_SHARE
 from .progress import Progress
 from .validate import FloatModel, Hidden
 
@@ -108,17 +108,17 @@ class CodecBench:
     def _fitted(self, split: int, windows: Sequence[Sequence[int]]) -> dict[str, Codec]:
         arch, checkpoint, family = self._float.arch, self._float.checkpoint, self._float.family
         seen = np.unique(np.concatenate([np.asarray(ids) for ids in [*self._windows, *windows]]))
-        isolated = isolated_states(
+        typical = typical_states(
             checkpoint,
             family,
             arch,
             Recipe(arch.layers, split, 8, 8, 8, 8, NEAR_BLOCK_SIZE),
-            document_start(checkpoint.tokenizer()),
+            short_texts(self._windows),
             tokens=seen,
             progress=self._progress,
         )
         klt, tabq = fit_codecs(
-            self._windows, self._hidden[split], self._gradients[split], self._embedding, isolated, self._progress
+            self._windows, self._hidden[split], self._gradients[split], self._embedding, typical, self._progress
         )
         codecs: dict[str, Codec] = {
             f"tabq-rans {level}": TabQRans(tabq, TabQ(tolerance=tolerance))

@@ -13,19 +13,17 @@ from ..quant.opsc import Recipe
 from ..quant.tabq_rans import TabQTables
 from ..quant.trellis import Floats, native
 from ..runtime.bundle import Architecture, Segment
-from .calibration import document_start
 from .checkpoint import Checkpoint
 from .families.common import EMBEDDING
 from .float_gradients import gradients_at
-from .front_states import hidden_states, isolated_states
-from .klt_fit import CalibrationStates, fit_klt
+from .front_states import hidden_states, typical_states
+from .klt_fit import GRADIENT_SHARE, CalibrationStates, fit_klt
 from .progress import Progress
 from .tabq_fit import fit_tabq
 
-GRADIENT_SHARE = 4  # one text in so many: a gradient costs about six times a text's way through the back
-
 TABQ_SHARE = 4  # one text in so many: eight histograms need few
 LEAST_TOKENS = 256
+SHORT_TEXTS, SHORT_TEXT_TOKENS = 4, 16
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +66,7 @@ def calibrate_codecs(
         hidden,
         gradients,
         checkpoint.tensor(EMBEDDING),
-        isolated_states(checkpoint, family, arch, recipe, document_start(checkpoint.tokenizer()), progress=progress),
+        typical_states(checkpoint, family, arch, recipe, short_texts(windows), progress=progress),
         progress,
     )
     for half in ("device", "server"):
@@ -82,7 +80,7 @@ def fit_codecs(
     hidden: Sequence[Floats],
     gradients: Sequence[Floats],
     embedding: Floats,
-    isolated: Floats,
+    typical: Floats,
     progress: Progress,
 ) -> tuple[KLTTables, TabQTables]:
     """Fit the calibrated codecs to hidden states at a split.
@@ -90,10 +88,16 @@ def fit_codecs(
     Args:
         windows: token ids of the calibration texts.
         hidden: their hidden states, ``[tokens, d_model]`` each.
-        gradients: of the loss at some of these, ``[tokens, d_model]`` each.
+        gradients: of the loss at those of every text of ``GRADIENT_SHARE``, ``[tokens, d_model]`` each.
         embedding: ``[vocab_size, d_model]``.
-        isolated: ``[vocab_size, d_model]``, see `isthmus.export.front_states.isolated_states`.
+        typical: ``[vocab_size, d_model]``, see `isthmus.export.front_states.typical_states`.
         progress: called as steps are done.
     """
-    states = CalibrationStates(windows, hidden, [gradient[1:] for gradient in gradients], embedding, isolated)
+    states = CalibrationStates(windows, hidden, gradients, embedding, typical)
     return fit_klt(states, progress), fit_tabq(hidden[::TABQ_SHARE])
+
+
+def short_texts(windows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What tokens are put behind to see their typical states: windows' first tokens, each with the window's end."""
+    chosen = [windows[number * (len(windows) - 1) // (SHORT_TEXTS - 1)] for number in range(SHORT_TEXTS)]
+    return [[*window[:1], *window[1:][1 - SHORT_TEXT_TOKENS :]] for window in chosen]

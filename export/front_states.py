@@ -23,7 +23,7 @@ from .weights import Weights
 Hidden = NDArray[np.float32]
 
 NEAR_BLOCK_SIZE = 32
-PROBED_AT_ONCE = 1024  # sequences of two tokens
+PROBED_AT_ONCE = 256  # sequences, each with a cache of its own
 
 
 def hidden_states(
@@ -64,17 +64,17 @@ def hidden_states(
     return texts
 
 
-def isolated_states(
+def typical_states(
     checkpoint: Checkpoint,
     family: ModuleType,
     arch: Architecture,
     recipe: Recipe,
-    start: int,
+    texts: Sequence[Sequence[int]],
     *,
     tokens: NDArray[np.int64] | None = None,
     progress: Progress = silent,
 ) -> Hidden:
-    """Hidden states ``[vocab_size, d_model]`` at the split of every token, right after one document start.
+    """Hidden states ``[vocab_size, d_model]`` at the split of every token right after each of some texts, averaged.
 
     Many tokens are run at once, with the front's weights, in graphs without the dummy row and with a float32 cache;
     calibrated weights, which are made once and not kept, are rounded to 8 bits, closer to what they aim at than at
@@ -86,7 +86,7 @@ def isolated_states(
         family: its builder.
         arch: its numbers.
         recipe: tells the split and the front's precision.
-        start: the token at position 0, see `isthmus.export.calibration.document_start`.
+        texts: token ids, equally many in each.
         tokens: ids of those that are wanted, the others' states are 0; all by default.
         progress: called as tokens are done.
     """
@@ -100,20 +100,23 @@ def isolated_states(
             family,
             arch,
             range(recipe.split),
-            capacity=2,
+            capacity=len(texts[0]) + 1,
         )
-        opening = layers.session(1)
-        opening.step(table[[start]])
-        for first in range(0, len(tokens), PROBED_AT_ONCE):
-            progress("hidden state of each token", first, len(tokens))
-            ids = tokens[first : first + PROBED_AT_ONCE]
-            if first == 0 or len(ids) < PROBED_AT_ONCE:
-                session = layers.session(len(ids))
-                for name, array in session.cache.items():
-                    array[:] = opening.cache[name]
-            session.length = 1
-            states[ids] = session.step(table[ids])
-    progress("hidden state of each token", len(tokens), len(tokens))
+        for done, text in enumerate(texts):
+            opening = layers.session(1)
+            for token in text:
+                opening.step(table[[token]])
+            for first in range(0, len(tokens), PROBED_AT_ONCE):
+                progress("hidden state of each token", done * len(tokens) + first, len(texts) * len(tokens))
+                ids = tokens[first : first + PROBED_AT_ONCE]
+                if first == 0 or len(ids) < PROBED_AT_ONCE:
+                    session = layers.session(len(ids))
+                    for name, array in session.cache.items():
+                        array[:] = opening.cache[name]
+                session.length = len(text)
+                states[ids] += session.step(table[ids])
+    progress("hidden state of each token", len(texts) * len(tokens), len(texts) * len(tokens))
+    states /= len(texts)
     return states
 
 

@@ -42,6 +42,7 @@ typedef int16_t SixteenShort __attribute__((vector_size(32)));
 #define LOW (1u << 23) /* the coder's state stays at or above it, once it was */
 #define MAX_ESCAPE_BITS 20
 #define GAINS 16 /* of rows; a gain adds to the contexts */
+#define FINENESSES 8 /* of rows: how fine their steps are */
 #define ORIGIN 14 /* context and gain of numbers that deviate by one step */
 #define AHEAD 16 /* rows of a matrix that are asked for before their turn */
 #define ROWS_AT_ONCE 8 /* of a product: at d_model 576 they and four rows of the matrix fit the first cache */
@@ -617,11 +618,10 @@ static PyObject *multiply(PyObject *module, PyObject *args) {
     return result;
 }
 
-/* Rows in the transform's basis without what their tokens predict, in steps; which of them lie within the limit. */
+/* Rows in the transform's basis without what their tokens predict; which of them lie within the limit. */
 static void transform(const float *inputs, Py_ssize_t rows, Py_ssize_t inner, const int16_t *matrix,
                       const float *scales, const int8_t *predicted, const float *predicted_scale, float limit,
-                      float step, float *outputs, Py_ssize_t width, uint8_t *ordinary) {
-    const float per_step = 1 / step;
+                      float *outputs, Py_ssize_t width, uint8_t *ordinary) {
     memset(outputs, 0, (size_t)(rows * width) * sizeof *outputs);
     for (Py_ssize_t row = 0; row < rows; row += ROWS_AT_ONCE)
         weigh_integers(inputs + row * inner, matrix, scales, outputs + row * width,
@@ -633,23 +633,41 @@ static void transform(const float *inputs, Py_ssize_t rows, Py_ssize_t inner, co
         for (Py_ssize_t j = 0; j < width; j++) {
             output[j] -= (float)from[j] * predicted_scale[j];
             squares += (double)output[j] * output[j];
-            output[j] *= per_step;
         }
         ordinary[row] = squares <= (double)limit * limit; /* not what overflowed */
     }
 }
 
+/* How fine a row's steps are to be: its product with the importance, rounded. */
+static int fineness_of(const float *input, const float *importance, float bias, Py_ssize_t inner) {
+    Sixteen sums = {0};
+    float fineness = bias;
+    Py_ssize_t i = 0;
+    for (; i + 16 <= inner; i += 16) {
+        Sixteen value, weight;
+        memcpy(&value, input + i, sizeof value);
+        memcpy(&weight, importance + i, sizeof weight);
+        sums += value * weight;
+    }
+    for (int lane = 0; lane < 16; lane++)
+        fineness += sums[lane];
+    for (; i < inner; i++)
+        fineness += input[i] * importance[i];
+    fineness = rintf(fineness);
+    return !(fineness > 0) ? 0 : fineness > FINENESSES - 1 ? FINENESSES - 1 : (int)fineness;
+}
+
 /* Transform, path and code of a frame's ordinary rows, in one call, for one token is all that a step of a decode
-   sends. Their gains begin what is for them, their coded rows end the output; the result is where these begin, its
-   length if no row is ordinary. */
+   sends. Their gains and finenesses begin what is for them, their coded rows end the output; the result is where these
+   begin, its length if no row is ordinary. The coder begins with the first one's id and fineness. */
 static PyObject *encode_hidden(PyObject *module, PyObject *args) {
-    Py_buffer hidden, ids, ordinary, gains, output, matrix, scales, predicted, predicted_scale, contexts, cumulative,
-        points, costs;
-    float limit, step, bit;
+    Py_buffer hidden, ids, ordinary, gains, finenesses, output, matrix, scales, predicted, predicted_scale, importance,
+        steps, contexts, cumulative, points, costs;
+    float bias, limit, bit;
     unsigned int seed;
-    if (!PyArg_ParseTuple(args, "y*y*y*w*w*w*y*y*y*ffy*y*y*y*fI", &hidden, &ids, &predicted, &ordinary, &gains, &output,
-                          &matrix, &scales, &predicted_scale, &limit, &step, &contexts, &cumulative, &points, &costs,
-                          &bit, &seed))
+    if (!PyArg_ParseTuple(args, "y*y*y*w*w*w*w*y*y*y*y*ffy*y*y*y*y*fI", &hidden, &ids, &predicted, &ordinary, &gains,
+                          &finenesses, &output, &matrix, &scales, &predicted_scale, &importance, &bias, &limit, &steps,
+                          &contexts, &cumulative, &points, &costs, &bit, &seed))
         return NULL;
     PyObject *result = NULL;
     const Py_ssize_t size = (Py_ssize_t)sizeof(float), inner = scales.len / size, rows = ordinary.len;
@@ -661,6 +679,7 @@ static PyObject *encode_hidden(PyObject *module, PyObject *args) {
     } else if (!inner || model.width > inner || scales.len != inner * size || predicted_scale.len != inner * size ||
                matrix.len != inner * inner * (Py_ssize_t)sizeof(int16_t) || hidden.len != rows * inner * size ||
                ids.len != rows * (Py_ssize_t)sizeof(int64_t) || predicted.len != rows * inner ||
+               finenesses.len != rows || importance.len != inner * size || steps.len != FINENESSES * size ||
                !fits(&model, &points) || !fits(&model, &costs) || seed >= LOW ||
                largest(contexts.buf, model.width) + GAINS > model.tables) {
         PyErr_SetString(PyExc_ValueError, "arrays that do not fit each other");
@@ -669,7 +688,7 @@ static PyObject *encode_hidden(PyObject *module, PyObject *args) {
         const Py_ssize_t width = model.width;
         int known = 1;
         for (Py_ssize_t row = 0; row < rows; row++)
-            known &= id[row] >= 0 && id[row] < (int64_t)(LOW - seed);
+            known &= id[row] >= 0 && id[row] < (int64_t)((LOW - seed) / FINENESSES);
         float *values = malloc((size_t)(rows * width + 1) * sizeof *values);
         int32_t *indices = malloc((size_t)(rows * width + 1) * sizeof *indices);
         if (!known) {
@@ -680,14 +699,21 @@ static PyObject *encode_hidden(PyObject *module, PyObject *args) {
             Py_ssize_t coded = 0, start = output.len;
             Py_BEGIN_ALLOW_THREADS
             uint32_t first = 0;
-            transform(hidden.buf, rows, inner, matrix.buf, scales.buf, predicted.buf, predicted_scale.buf, limit, step,
+            transform(hidden.buf, rows, inner, matrix.buf, scales.buf, predicted.buf, predicted_scale.buf, limit,
                       values, width, ordinary.buf);
             for (Py_ssize_t row = 0; row < rows; row++)
                 if (((const uint8_t *)ordinary.buf)[row]) {
+                    const int fineness =
+                        fineness_of((const float *)hidden.buf + row * inner, importance.buf, bias, inner);
+                    const float per_step = 1 / ((const float *)steps.buf)[fineness];
+                    const float *from = values + row * width;
+                    float *to = values + coded * width;
+                    for (Py_ssize_t i = 0; i < width; i++)
+                        to[i] = from[i] * per_step;
                     if (!coded)
-                        first = (uint32_t)id[row];
-                    memmove(values + coded * width, values + row * width, (size_t)width * sizeof *values);
-                    ((uint8_t *)gains.buf)[coded] = (uint8_t)gain_of(values + coded * width, &model);
+                        first = FINENESSES * (uint32_t)id[row] + (uint32_t)fineness;
+                    ((uint8_t *)gains.buf)[coded] = (uint8_t)gain_of(to, &model);
+                    ((uint8_t *)finenesses.buf)[coded] = (uint8_t)fineness;
                     coded++;
                 }
             if (coded && search_rows(values, coded, &model, points.buf, costs.buf, bit, indices) < 0)
@@ -704,11 +730,14 @@ static PyObject *encode_hidden(PyObject *module, PyObject *args) {
     PyBuffer_Release(&ids);
     PyBuffer_Release(&ordinary);
     PyBuffer_Release(&gains);
+    PyBuffer_Release(&finenesses);
     PyBuffer_Release(&output);
     PyBuffer_Release(&matrix);
     PyBuffer_Release(&scales);
     PyBuffer_Release(&predicted);
     PyBuffer_Release(&predicted_scale);
+    PyBuffer_Release(&importance);
+    PyBuffer_Release(&steps);
     PyBuffer_Release(&contexts);
     PyBuffer_Release(&cumulative);
     PyBuffer_Release(&points);
@@ -727,8 +756,8 @@ static PyMethodDef METHODS[] = {
     {"gains", gains, METH_VARARGS, "gains(values, contexts, found): of each row"},
     {"multiply", multiply, METH_VARARGS, "multiply(inputs, matrix, outputs, inner, stride, width)"},
     {"encode_hidden", encode_hidden, METH_VARARGS,
-     "encode_hidden(hidden, ids, predicted, ordinary, gains, output, matrix, scales, predicted_scale, limit, step, "
-     "contexts, cumulative, points, costs, bit, seed) -> offset in output"},
+     "encode_hidden(hidden, ids, predicted, ordinary, gains, finenesses, output, matrix, scales, predicted_scale, "
+     "importance, bias, limit, steps, contexts, cumulative, points, costs, bit, seed) -> offset in output"},
     {NULL, NULL, 0, NULL},
 };
 

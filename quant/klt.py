@@ -3,13 +3,15 @@
 A hidden state ``x`` of the token ``t`` is sent as the coefficients ``c = x @ forward - predicted[t]``: what is left of
 it after a prediction that both sides know, in the eigenbasis of that remainder's covariance weighted by the back's
 sensitivity (a Karhunen–Loève transform; `isthmus.export.klt_fit` makes it). In that basis equal errors do equal harm,
-so that one step serves all coefficients (reverse water-filling), and those that vary by less than it are not sent.
+so that one step serves all of a token's coefficients (reverse water-filling), and those that vary by less than it are
+not sent. Between tokens the harm differs: a linear function of the hidden state foretells it, and a token's *fineness*,
+in quarter octaves of its step, follows that.
 
 A payload says itself how to decode it: a byte with the level and, four bits above, the first coded token's gain; if its
 highest bit is set, the tokens that are sent raw (a count, their places, their values as ``raw16`` has them); the ids of
-the coded tokens but the first, and their gains, packed; and their coefficients, coded by `isthmus.quant.trellis`, whose
-seed is the first token's id. A token is sent raw if it is farther
-from its prediction than any in calibration, as attention sinks are, and so every finite input survives.
+the coded tokens but the first, and their gains and finenesses, packed; and their coefficients, coded by
+`isthmus.quant.trellis`, whose seed is the first token's id and fineness. A token is sent raw if it is farther from its
+prediction than any in calibration, as attention sinks are, and so every finite input survives.
 
 A token's reconstruction depends on that token alone: rows are multiplied in one order whatever their number, and each
 has a trellis path of its own.
@@ -38,10 +40,19 @@ from .trellis import GAINS, Floats, TrellisTables, coder_output, native
 MAX_LEVELS = 8
 _RAW_SECTION = 0x80  # of the first byte
 GAIN_BITS = 4
+FINENESS_BITS = 3
+ORDINARY_FINENESS = 3  # of a token whose step is its level's
 _GAIN_SHIFT = 3  # in the first byte
+_FINENESSES = 1 << FINENESS_BITS  # as in _native.c
+_MODE_BITS = GAIN_BITS + FINENESS_BITS
 _RAW_HEADER = struct.Struct("<HI")  # tokens, bytes of their values
 _PREDICTED = "klt-predicted.npy"
 _TABLES = "klt-tables.npz"
+
+
+def relative_steps() -> Floats:
+    """The step of a token of each fineness in those of its level: a quarter of an octave less than the one before."""
+    return np.exp2((ORDINARY_FINENESS - np.arange(_FINENESSES)) / 4).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class KLTLevel:
     """One point on the rate-distortion curve.
 
     Attributes:
-        step: of every coefficient.
+        step: of every coefficient of a token of `ORDINARY_FINENESS`.
         bits: per element of the hidden state, as measured in calibration.
         tables: for the leading coefficients; the others are taken as predicted.
     """
@@ -69,6 +80,8 @@ class KLTTables:
         predicted: int8 ``[vocab_size, d_model]``, each token's coefficients in units of ``predicted_scale``; in
             memory as they were fitted, or in the file.
         predicted_scale: float32 ``[d_model]``.
+        importance: float32 ``[d_model]``; a token's fineness is ``hidden @ importance + importance_bias``, rounded.
+        importance_bias: as there.
         limit: largest Euclidean norm of coefficients that are coded.
         levels: from fine to coarse.
     """
@@ -77,6 +90,8 @@ class KLTTables:
     inverse: Floats
     predicted: NDArray[np.int8] | StoredRows
     predicted_scale: Floats
+    importance: Floats
+    importance_bias: float
     limit: float
     levels: tuple[KLTLevel, ...]
 
@@ -86,6 +101,8 @@ class KLTTables:
             "forward": self.forward,
             "inverse": self.inverse,
             "predicted_scale": self.predicted_scale,
+            "importance": self.importance,
+            "importance_bias": self.importance_bias,
             "limit": self.limit,
         }
         for number, level in enumerate(self.levels):
@@ -119,6 +136,8 @@ class KLTTables:
                 arrays["inverse"],
                 predicted,
                 arrays["predicted_scale"],
+                arrays["importance"],
+                float(arrays["importance_bias"]),
                 float(arrays["limit"]),
                 tuple(levels),
             )
@@ -154,15 +173,17 @@ class KLT:
         largest = np.maximum(np.abs(tables.forward).max(axis=1), np.float32(1e-30))
         self._forward_scale = (largest / np.float32(32767)).astype(np.float32)
         self._forward = np.rint(tables.forward / self._forward_scale[:, None]).astype(np.int16)
-        self._first_seed = 1 << max(14, (len(tables.predicted) - 1).bit_length())
-        chosen = tables.levels[level]
+        self._first_seed = 1 << max(14, FINENESS_BITS + (len(tables.predicted) - 1).bit_length())
+        self._steps = [np.float32(level.step) * relative_steps() for level in tables.levels]
         self._constants = (
             self._forward,
             self._forward_scale,
             tables.predicted_scale,
+            tables.importance,
+            tables.importance_bias,
             tables.limit,
-            chosen.step,
-            *chosen.tables.coder,
+            self._steps[level],
+            *tables.levels[level].tables.coder,
             self._first_seed,
         )
 
@@ -181,10 +202,11 @@ class KLT:
                 f"hidden states {list(hidden.shape)} and {tokens} token ids: klt takes [tokens, {self._d_model}] and "
                 f"as many ids below {vocabulary}"
             )
-        ordinary, gains = bytearray(tokens), bytearray(tokens)
+        ordinary, gains, finenesses = bytearray(tokens), bytearray(tokens), bytearray(tokens)
         output = coder_output(tokens * self._width)
         predicted = self._tables.predicted[token_ids]
-        start = self._encode(hidden, array("q", token_ids), predicted, ordinary, gains, output, *self._constants)
+        ids = array("q", token_ids)
+        start = self._encode(hidden, ids, predicted, ordinary, gains, finenesses, output, *self._constants)
         first = self._level | gains[0] << _GAIN_SHIFT
         if tokens == 1 and ordinary[0]:
             return bytes((first,)) + output[start:]
@@ -194,7 +216,8 @@ class KLT:
             kept = np.frombuffer(ordinary, np.bool_)
             head = bytes((first | _RAW_SECTION,)) + _raw_section(hidden, ~kept)
             coded = coded[kept]
-        packed = pack(np.frombuffer(gains, np.uint8, len(coded))[1:], GAIN_BITS)
+        modes = [np.frombuffer(each, np.uint8, len(coded))[1:] for each in (gains, finenesses)]
+        packed = pack(modes[0] | modes[1] << GAIN_BITS, _MODE_BITS)
         return b"".join((head, coded[1:].tobytes(), packed, memoryview(output)[start:]))
 
     def decode(self, payload: bytes, tokens: int, d_model: int) -> Floats:
@@ -220,22 +243,22 @@ class KLT:
                 )
             return hidden
         level = tables.levels[number]
-        gains_at = at + (len(rows) - 1) * self._id_type.itemsize
-        coded_at = gains_at + packed_bytes(len(rows) - 1, GAIN_BITS)
+        modes_at = at + (len(rows) - 1) * self._id_type.itemsize
+        coded_at = modes_at + packed_bytes(len(rows) - 1, _MODE_BITS)
         if len(view) < coded_at:
             raise CodecError(f"klt payload of {len(view)} bytes: too short for {tokens} tokens; send the frame again")
-        gains = np.array([first_gain], np.uint8)
+        modes = np.array([first_gain], np.uint8)
         if len(rows) > 1:
-            others = unpack(view[gains_at:coded_at], len(rows) - 1, GAIN_BITS, np.uint8)
-            gains = np.concatenate([gains, others])
-        values, seed = level.tables.decode(view[coded_at:], gains)
-        ids = np.empty(len(rows), np.int64)
-        ids[0] = seed - self._first_seed
-        ids[1:] = np.frombuffer(view[at:gains_at], self._id_type)
+            others = unpack(view[modes_at:coded_at], len(rows) - 1, _MODE_BITS, np.uint8)
+            modes = np.concatenate([modes, others])
+        values, seed = level.tables.decode(view[coded_at:], modes & np.uint8(GAINS - 1))
+        finenesses, ids = modes >> GAIN_BITS, np.empty(len(rows), np.int64)
+        ids[0], finenesses[0] = divmod(seed - self._first_seed, _FINENESSES)
+        ids[1:] = np.frombuffer(view[at:modes_at], self._id_type)
         if ids.min() < 0 or ids.max() >= len(tables.predicted):
             raise CodecError("klt payload with a token outside the vocabulary; send the frame again")
         coefficients = tables.predicted[ids.tolist()] * tables.predicted_scale
-        coefficients[:, : level.tables.width] += values * np.float32(level.step)
+        coefficients[:, : level.tables.width] += values * self._steps[number][finenesses][:, None]
         decoded = hidden if len(rows) == tokens else np.empty((len(rows), d_model), np.float32)
         native().multiply(coefficients, tables.inverse, decoded, d_model, d_model, d_model)
         if decoded is not hidden:

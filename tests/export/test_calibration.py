@@ -23,7 +23,7 @@ from isthmus.export.checkpoint import Checkpoint, TokenizerFiles, open_checkpoin
 from isthmus.export.export import export_bundle
 from isthmus.export.families import family_of
 from isthmus.export.families.common import EMBEDDING
-from isthmus.export.front_states import hidden_states, isolated_states
+from isthmus.export.front_states import hidden_states, typical_states
 from isthmus.export.validate import float_logits
 from isthmus.export.weights import Weights
 from isthmus.quant.opsc import Recipe
@@ -285,20 +285,19 @@ def test_hidden_states_are_those_that_the_device_sends(
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("llama", 4), ("qwen2", 8), ("mistral", 32)])
-def test_isolated_states_are_those_of_a_token_after_a_document_start(
+def test_typical_states_are_the_means_of_a_token_after_short_texts(
     tiny: Any, kind: str, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("isthmus.export.front_states.PROBED_AT_ONCE", 100)
     folder = tiny.bundle(kind, bits=bits, split=2)
     model, recipe = Source(tiny.checkpoint(kind)), recipe_of(folder)
-    start = document_start(model.checkpoint.tokenizer())
-    states = isolated_states(model.checkpoint, model.family, model.arch, recipe, start)
+    texts = [[document_start(model.checkpoint.tokenizer()), 7, 30], [5, 200, 9]]
+    states = typical_states(model.checkpoint, model.family, model.arch, recipe, texts)
     assert states.shape == (256, 64)
     segments = open_bundle(folder, "device").manifest.segments
-    pairs = [[start, token] for token in range(256)]
-    expected = np.stack(
-        [text[1] for text in hidden_states(folder, segments, model.checkpoint, model.arch, recipe, pairs)]
-    )
+    probes = [[*text, token] for text in texts for token in range(256)]
+    probed = hidden_states(folder, segments, model.checkpoint, model.arch, recipe, probes)
+    expected = np.mean(np.stack([text[-1] for text in probed]).reshape(2, 256, 64), axis=0)
     error = np.linalg.norm(states - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert error.max() < (1e-5 if bits == 32 else 0.05)
     assert np.median(error) < 1e-5

@@ -9,7 +9,7 @@ import pytest
 
 from isthmus.errors import BundleError, CodecError
 from isthmus.export.export import export_bundle
-from isthmus.export.klt_fit import CalibrationStates, fit_klt
+from isthmus.export.klt_fit import GRADIENT_SHARE, CalibrationStates, fit_klt
 from isthmus.quant import trellis
 from isthmus.quant.klt import KLT
 from isthmus.runtime.bundle import open_bundle
@@ -75,7 +75,7 @@ def test_what_a_token_tells_is_not_sent() -> None:
     embedding = rng.standard_normal((300, 16)).astype(np.float32)
     texts = [rng.integers(0, 300, 64).tolist() for _ in range(40)]
     mixing = rng.standard_normal((16, 16)).astype(np.float32)
-    gradients = [rng.standard_normal((64, 16)).astype(np.float32)]
+    gradients = [rng.standard_normal((64, 16)).astype(np.float32) for _ in texts[::GRADIENT_SHARE]]
 
     def states(ids: list[int]) -> np.ndarray:
         return (embedding[ids] @ mixing + 0.3 * rng.standard_normal((len(ids), 16))).astype(np.float32)

@@ -31,7 +31,8 @@ def make_tables(vocabulary: int = VOCABULARY) -> KLTTables:
     predicted = rng.integers(-127, 128, (vocabulary, D), dtype=np.int8)
     scale = (deviations / 127).astype(np.float32)
     inverse = np.linalg.inv(forward.astype(np.float64)).astype(np.float32)
-    return KLTTables(forward, inverse, predicted, scale, 200.0, tuple(levels))
+    importance = rng.standard_normal(D).astype(np.float32)
+    return KLTTables(forward, inverse, predicted, scale, importance, 3.0, 200.0, tuple(levels))
 
 
 TABLES = make_tables()
@@ -65,6 +66,21 @@ def test_a_token_has_the_same_bits_whatever_shares_its_frame(level: int) -> None
         rows = rng.sample(range(40), rng.randint(1, 7))
         alone = codec.decode(codec.encode(hidden[rows], [ids[row] for row in rows]), len(rows), D)
         np.testing.assert_array_equal(alone, whole[rows])
+
+
+def test_a_more_important_token_errs_less_and_takes_more_bytes() -> None:
+    hidden, ids = hidden_states(60)
+    errors, sizes = [], []
+    for fineness in (-2.0, 1.0, 3.0, 5.0, 9.0):
+        codec = KLT(replace(TABLES, importance=np.zeros(D, np.float32), importance_bias=fineness), 1)
+        alone = [codec.encode(hidden[row : row + 1], ids[row : row + 1]) for row in range(60)]
+        sizes.append(sum(map(len, alone)))
+        decoded = np.concatenate([KLT(TABLES, 0).decode(payload, 1, D) for payload in alone])
+        errors.append(float(np.square(decoded - hidden).mean()))
+        np.testing.assert_array_equal(decoded, KLT(TABLES, 2).decode(codec.encode(hidden, ids), 60, D))
+    assert errors == sorted(errors, reverse=True)
+    assert sizes == sorted(sizes)
+    assert errors[0] > 5 * errors[-1]  # seven quarter octaves: a factor of 11 if every step is below the spread
 
 
 def test_every_level_is_decoded_by_every_codec() -> None:
@@ -117,7 +133,9 @@ def test_tables_of_another_model_are_refused(tmp_path: Path, d_model: int, vocab
         KLTTables.load(tmp_path, d_model=d_model, vocab_size=vocab_size)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "pickle", "without gains", "nine levels"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "pickle", "without gains", "without importance", "nine levels"]
+)
 def test_damaged_tables_are_refused(tmp_path: Path, damage: str) -> None:
     TABLES.save(tmp_path)
     file = tmp_path / "klt-tables.npz"
@@ -130,6 +148,8 @@ def test_damaged_tables_are_refused(tmp_path: Path, damage: str) -> None:
             np.savez(file, forward=np.array([object()], dtype=object))
         case "without gains":
             rewritten(file, lambda arrays: arrays | {"cumulative.0": arrays["cumulative.0"][:-1]})
+        case "without importance":
+            rewritten(file, lambda arrays: {name: arrays[name] for name in arrays if name != "importance"})
         case "nine levels":
             replace(TABLES, levels=TABLES.levels * 3).save(tmp_path)
     with pytest.raises(CodecError, match="no calibrated codec there"):
