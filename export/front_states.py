@@ -24,6 +24,7 @@ Hidden = NDArray[np.float32]
 
 NEAR_BLOCK_SIZE = 32
 PROBED_AT_ONCE = 256  # sequences, each with a cache of its own
+PROBES_CACHE_BYTES = 1 << 29  # for all of them
 
 
 def hidden_states(
@@ -102,14 +103,15 @@ def typical_states(
             range(recipe.split),
             capacity=len(texts[0]) + 1,
         )
+        at_once = min(PROBED_AT_ONCE, max(1, PROBES_CACHE_BYTES // layers.sequence_bytes))
         for done, text in enumerate(texts):
             opening = layers.session(1)
             for token in text:
                 opening.step(table[[token]])
-            for first in range(0, len(tokens), PROBED_AT_ONCE):
+            for first in range(0, len(tokens), at_once):
                 progress("hidden state of each token", done * len(tokens) + first, len(texts) * len(tokens))
-                ids = tokens[first : first + PROBED_AT_ONCE]
-                if first == 0 or len(ids) < PROBED_AT_ONCE:
+                ids = tokens[first : first + at_once]
+                if first == 0 or len(ids) < at_once:
                     session = layers.session(len(ids))
                     for name, array in session.cache.items():
                         array[:] = opening.cache[name]

@@ -288,7 +288,7 @@ def test_hidden_states_are_those_that_the_device_sends(
 def test_typical_states_are_the_means_of_a_token_after_short_texts(
     tiny: Any, kind: str, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("isthmus.export.front_states.PROBED_AT_ONCE", 100)
+    monkeypatch.setattr("isthmus.export.front_states.PROBES_CACHE_BYTES", 1 << 17)  # a few sequences at once
     folder = tiny.bundle(kind, bits=bits, split=2)
     model, recipe = Source(tiny.checkpoint(kind)), recipe_of(folder)
     texts = [[document_start(model.checkpoint.tokenizer()), 7, 30], [5, 200, 9]]

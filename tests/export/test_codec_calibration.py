@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from isthmus.errors import BundleError, CodecError
+from isthmus.export.codec_calibration import short_texts
 from isthmus.export.export import export_bundle
 from isthmus.export.klt_fit import GRADIENT_SHARE, CalibrationStates, fit_klt
 from isthmus.quant import trellis
@@ -67,6 +68,17 @@ def test_levels_go_from_fine_to_coarse_and_halves_understand_each_other(calibrat
     assert errors[0] < 0.2 * np.linalg.norm(hidden[1:])
     with pytest.raises(CodecError, match=r"levels 0 \(finest\) to 6"):
         open_codec(device, "klt", 7)
+
+
+@pytest.mark.parametrize(("windows", "length", "expected"), [(9, 100, 16), (2, 5, 5), (1, 40, 16)])
+def test_short_texts_are_windows_first_tokens_and_their_ends(windows: int, length: int, expected: int) -> None:
+    texts = short_texts([[*range(1000 * number, 1000 * number + length)] for number in range(windows)])
+    assert len(texts) == 4
+    for text in texts:
+        first, *end = text
+        assert first % 1000 == 0
+        assert end == [*range(first + length - expected + 1, first + length)]
+    assert {text[0] // 1000 for text in texts} >= {0, windows - 1}
 
 
 def test_what_a_token_tells_is_not_sent() -> None:
