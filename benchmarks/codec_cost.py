@@ -70,7 +70,7 @@ def median_microseconds(call: Callable[[], object]) -> float:
 
 def layer_microseconds(bits: int, tokens: int) -> float:
     """Microseconds per token of one layer of Llama 2 7B's shapes after 128 tokens of context, on one thread."""
-    from isthmus.export.decoder import SegmentBuilder, block_names, build_block
+    from isthmus.export.decoder import SegmentBuilder, build_block
     from isthmus.export.families.common import LayerTensors
     from isthmus.export.graph import GraphWriter
     from isthmus.export.weights import Weights
@@ -91,7 +91,7 @@ def layer_microseconds(bits: int, tokens: int) -> float:
         writer = GraphWriter(Path(folder), "layer")
         kv = KVSpec(32, arch.kv_heads, arch.head_dim)
         weights = Weights.uniform(Noise(), bits, 32)  # type: ignore[arg-type]
-        build_block(SegmentBuilder(writer, arch, weights, block_names(range(1))), {0: names}, 512, kv, {})
+        build_block(SegmentBuilder(writer, arch, weights), {0: names}, 512, kv, {})
         graph = Graph(writer.graph_path, 1)
         cache = np.zeros((1, 32, 512, 128), np.float32)
         length = 128 + tokens

@@ -31,7 +31,7 @@ from tabulate import tabulate
 
 from isthmus.devices.backend import Graph
 from isthmus.export.checkpoint import Checkpoint, open_checkpoint
-from isthmus.export.decoder import SegmentBuilder, _layer, block_names
+from isthmus.export.decoder import SegmentBuilder, _layer
 from isthmus.export.export import export_bundle
 from isthmus.export.families import family_of
 from isthmus.export.families.common import EMBEDDING, FINAL_NORM, HEAD
@@ -40,7 +40,7 @@ from isthmus.export.rope import rope_tables
 from isthmus.export.sources import resolve_model
 from isthmus.export.weights import Weights
 from isthmus.quant.opsc import Precision
-from isthmus.runtime.bundle import Manifest, open_bundle
+from isthmus.runtime.bundle import SPARE_ROWS, Manifest, open_bundle
 from isthmus.runtime.edge.generate import LocalBack, generate_tokens
 from isthmus.runtime.sampling import Sampling
 from isthmus.runtime.segments import Embedding, Head, LayerStack
@@ -70,11 +70,11 @@ def build_single_graph(
     def precision(name: str) -> Precision:
         return Precision(manifest.head_bits if name == "head" else manifest.front_bits, manifest.block_size)
 
-    builder = builder_class(writer, arch, Weights(checkpoint, precision), ["head", *block_names(range(arch.layers))])
+    builder = builder_class(writer, arch, Weights(checkpoint, precision))
     residual = writer.input("hidden", [1, "tokens", arch.d_model])
     writer.input("seqlens_k", [1], TensorProto.INT32)
     writer.input("total_sequence_length", [], TensorProto.INT32)
-    for table, values in zip(("cos", "sin"), rope_tables(arch, manifest.max_length + 1), strict=True):
+    for table, values in zip(("cos", "sin"), rope_tables(arch, manifest.max_length + SPARE_ROWS), strict=True):
         writer.weight(table, values)
     branch = builder.zero_like(residual)
     for layer in range(arch.layers):

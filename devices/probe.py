@@ -22,6 +22,7 @@ from .cores import Processor, cores_by_kind, processors
 from .kernels import DECODE_QUERIES, Attention, ModelShape, product_chain, time_products
 from .memory import MachineMemory, machine_memory
 from .profile import WEIGHT_BITS, DeviceProfile
+from .row_rule import row_rule
 
 Progress = Callable[[str, int, int], None]  # what is measured now, measurements done, in all
 
@@ -188,7 +189,7 @@ def _decode(
 ) -> Timing:
     chain = product_chain(bits, widths, size, block_size)
     with _fastest(found, threads):
-        seconds = time_products(chain, 1, threads)
+        seconds = time_products(chain, row_rule([(bits, block_size)]).fill(1), threads)
     return Timing(bits, widths, chain.count, chain.weight_bytes, seconds)
 
 

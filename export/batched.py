@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..devices.backend import Graph, default_threads
 from ..runtime.bundle import Architecture, KVSpec
-from .decoder import SegmentBuilder, block_names, build_block, build_head
+from .decoder import SegmentBuilder, build_block, build_head
 from .families.common import EMBEDDING, FINAL_NORM, HEAD
 from .graph import GraphWriter
 from .weights import Weights
@@ -46,7 +46,7 @@ class BatchedLayers:
         self.layers, self.capacity, self.d_model = layers, capacity, arch.d_model
         self.kv = KVSpec(32, arch.kv_heads, arch.head_dim, spare_rows=0)
         writer = GraphWriter(folder, f"layers-{layers.start}-{layers.stop}")
-        builder = SegmentBuilder(writer, arch, weights, block_names(layers), batched=True)
+        builder = SegmentBuilder(writer, arch, weights, batched=True)
         names = {layer: family.tensors(arch, layer) for layer in layers}
         build_block(builder, names, capacity, self.kv, {})
         self.graph = Graph(writer.graph_path, default_threads())
@@ -112,7 +112,7 @@ class BatchedHead:
 
     def __init__(self, folder: Path, weights: Weights, arch: Architecture) -> None:
         writer = GraphWriter(folder, "head")
-        builder = SegmentBuilder(writer, arch, weights, ["head"], batched=True)
+        builder = SegmentBuilder(writer, arch, weights, batched=True)
         build_head(builder, FINAL_NORM, EMBEDDING if arch.tied_embeddings else HEAD)
         self._graph = Graph(writer.graph_path, default_threads())
 

@@ -4,8 +4,8 @@ Any cut of the layers into blocks computes the same bits. Two things make it so.
 adds a zero (``x - x``) to its input, because onnxruntime's fused add-and-norm and its plain norm differ in the
 last bit. And the attention always sees at least two rows, because its one-row path differs from all others: it gets
 the tokens and one dummy row, whose keys and values land one row beyond the valid ones, where the next step
-overwrites them; the cache keeps a spare row for that. Where products of an odd row differ, too, in float and at some
-packed precisions, a block carries one or two dummy rows all the way through, so that their number is even.
+overwrites them; the cache keeps a spare row for that. What numbers of rows matrix products need is the processor's
+matter, and so the runtime's (`isthmus.devices.row_rule`).
 
 A server's block has a second graph over the same weights, the `RAGGED` variant, in which sequences advance together,
 each by rows of its own number over a past of its own length. The rows of all lie packed in one matrix; only the
@@ -24,8 +24,8 @@ from onnx import TensorProto
 from ..quant.kv import KVScales
 from ..quant.nbits import PackedWeight
 from ..quant.offsets import OffsetWeight, block_summing_weight
-from ..runtime.bundle import FFN_SIMILARITY, Architecture, KVSpec, TensorRecord
-from .families.common import ROLES, LayerTensors
+from ..runtime.bundle import FFN_SIMILARITY, SPARE_ROWS, Architecture, KVSpec, TensorRecord
+from .families.common import LayerTensors
 from .feed_forward import SkippableNetworks, feed_forward
 from .graph import CONTRIB, PLAIN, GraphWriter
 from .rope import rope_tables
@@ -41,7 +41,6 @@ class SegmentBuilder:
     """Writes one segment's graph.
 
     Attributes:
-        names: the weights that will be in it; their precisions decide which rows the graph computes.
         batched: many sequences advance together by one token each, where export calibrates: the graph's first dimension
             is free, and there is no dummy row, because nothing there needs the same bits in every chunk.
         ragged: whether a block gets its `RAGGED` variant, too.
@@ -51,16 +50,12 @@ class SegmentBuilder:
     writer: GraphWriter
     arch: Architecture
     weights: Weights
-    names: Sequence[str]
     batched: bool = False
     ragged: bool = False
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        precisions = [self.weights.precision(name) for name in self.names]
         self._summed: dict[str, str] = {}
-        odd_differs = any(not precision.packed or precision.paired for precision in precisions)
-        self.even_rows = odd_differs and not self.batched
 
     @property
     def batch(self) -> int | str:
@@ -144,44 +139,22 @@ class SegmentBuilder:
         """A zero of the hidden state's shape, the neutral branch of `add_and_norm`."""
         return self.writer.node("Sub", [hidden, hidden])
 
-    def pad_rows(self, hidden: str) -> str:
-        """``[1, tokens, d_model]`` with one zero row appended, or two where that makes their number even."""
-        if not self.even_rows:
-            return hidden
-        tokens = self.writer.node("Shape", [hidden], start=1, end=2)
-        parity = self.writer.node("Mod", [tokens, self._whole("two", 2)])
-        self._tokens = tokens
-        self._attended = self.writer.node("Add", [tokens, self._whole("one", 1)])
-        self._filler = self.writer.node("Sub", [self._whole("one", 1), parity])
-        self._padding = self.writer.node("Sub", [self._whole("two", 2), parity])
-        return self.like_rows(hidden, self.arch.d_model)
-
-    def like_rows(self, values: str, width: int) -> str:
-        """``[1, tokens, width]`` padded as `pad_rows` has padded the hidden states."""
-        return self._append(values, width, self._padding) if self.even_rows else values
-
-    def own_rows(self, values: str) -> str:
-        """Undo `like_rows`."""
-        return self.drop_padding(values) if self.even_rows else values
-
     def rows_to_attend(self, qkv: str) -> str:
-        """The tokens and one row more of what a block carries."""
+        """The rows ``[1, tokens, width]`` and the dummy row."""
         if self.batched:
             return qkv
         width = (self.arch.heads + 2 * self.arch.kv_heads) * self.arch.head_dim
-        if self.even_rows:
-            # onnxruntime 1.28 infers an attention of width 0 where its input's width is unknown.
-            return self.writer.shape(self._first(qkv, self._attended), [1, "attended", width])
-        zero = self._zeros(width, 1)
+        zero = self.writer.constant(f"zeros.{width}", np.zeros((1, 1, width), np.float32))
         return self.writer.node("Concat", [qkv, zero], axis=1)
 
     def rows_attended(self, attended: str) -> str:
         """Undo `rows_to_attend`."""
         if self.batched:
             return attended
-        if self.even_rows:
-            return self._append(attended, self.arch.heads * self.arch.head_dim, self._filler)
-        return self._first(attended, self._whole("minus_one", -1))
+        bounds = {"zero": 0, "minus_one": -1, "one": 1}
+        return self.writer.node(
+            "Slice", [attended, *(self.writer.constant(name, np.array([n], np.int64)) for name, n in bounds.items())]
+        )
 
     def rows_by_sequence(self, qkv: str) -> str:
         """Packed rows ``[1, rows, width]`` as ``[sequences, queries, width]``, padding and dummies included."""
@@ -195,38 +168,12 @@ class SegmentBuilder:
         """Undo `rows_by_sequence`."""
         width = self.arch.heads * self.arch.head_dim
         rows = self._unstack(attended, width)
-        if not self.even_rows:
-            return self.writer.node("Gather", [rows, "padded_rows"], output=output, axis=0)
-        packed = self.writer.node("Gather", [rows, "padded_rows"], axis=0)
-        return self._append(packed, width, self._padding, output)
+        return self.writer.node("Gather", [rows, "padded_rows"], output=output, axis=0)
 
     def _unstack(self, rows: str, width: int) -> str:
         """``[..., width]`` as ``[rows, width]``."""
         shape = self.writer.constant(f"rows.{width}", np.array([-1, width], np.int64))
         return self.writer.node("Reshape", [rows, shape])
-
-    def drop_padding(self, rows: str, output: str | None = None) -> str:
-        """Undo `pad_rows`, which must have padded."""
-        return self._first(rows, self._tokens, output)
-
-    def _append(self, rows: str, width: int, count: str, output: str | None = None) -> str:
-        """Append ``count`` zero rows, at most two."""
-        zeros = self._first(self._zeros(width, 2), count)
-        return self.writer.node("Concat", [rows, zeros], output=output, axis=1)
-
-    def _first(self, rows: str, end: str, output: str | None = None) -> str:
-        return self.writer.node("Slice", [rows, self._whole("zero", 0), end, self._whole("one", 1)], output=output)
-
-    def _zeros(self, width: int, rows: int) -> str:
-        return self.writer.constant(f"zeros.{rows}.{width}", np.zeros((1, rows, width), np.float32))
-
-    def _whole(self, name: str, value: int) -> str:
-        return self.writer.constant(name, np.array([value], np.int64))
-
-
-def block_names(layers: range) -> list[str]:
-    """Names of the weights of consecutive layers."""
-    return [f"layers.{layer}.{role}" for layer in layers for role in ROLES]
 
 
 def build_block(
@@ -275,23 +222,19 @@ def build_block(
                 writer.input(lengths, ["sequences"], TensorProto.INT32)
             writer.input("packed_rows", ["sequences", "queries"], TensorProto.INT64)
             writer.input("padded_rows", [1, "tokens"], TensorProto.INT64)
-    for table, values in zip(("cos", "sin"), rope_tables(arch, max_length + 1), strict=True):
+    for table, values in zip(("cos", "sin"), rope_tables(arch, max_length + SPARE_ROWS), strict=True):
         writer.weight(table, values)
-    residual = builder.pad_rows(residual)
     if input_map is not None:
         residual = builder.linear(residual, input_map, [input_map])
     branch = builder.zero_like(residual)
     networks = None
     if skippable:
-        similarity = builder.like_rows(writer.input(FFN_SIMILARITY, [builder.batch, "tokens", 1]), 1)
+        similarity = writer.input(FFN_SIMILARITY, [builder.batch, "tokens", 1])
         networks = SkippableNetworks(builder, branch, similarity, skippable)
     for layer, names in layers.items():
         _cache(builder, layer, kv)
         branch, residual = _layer(builder, layer, names, residual, branch, kv_scales.get(layer), networks)
-    if builder.even_rows:
-        builder.drop_padding(writer.node("Add", [residual, branch]), output="hidden_out")
-    else:
-        writer.node("Add", [residual, branch], output="hidden_out")
+    writer.node("Add", [residual, branch], output="hidden_out")
     writer.output("hidden_out", [builder.batch, "tokens", arch.d_model])
     writer.save()
 
@@ -392,12 +335,9 @@ def build_head(builder: SegmentBuilder, norm: str, weight: str) -> None:
         weight: of the vocabulary's matrix.
     """
     writer, arch = builder.writer, builder.arch
-    hidden = builder.pad_rows(writer.input("hidden", [builder.batch, "tokens", arch.d_model]))
+    hidden = writer.input("hidden", [builder.batch, "tokens", arch.d_model])
     gamma = builder.weights.read([norm])
     normed, _ = builder.add_and_norm(hidden, builder.zero_like(hidden), "final_norm", gamma)
-    if builder.even_rows:
-        builder.drop_padding(builder.linear(normed, "head", [weight]), output="logits")
-    else:
-        builder.linear(normed, "head", [weight], output="logits")
+    builder.linear(normed, "head", [weight], output="logits")
     writer.output("logits", [builder.batch, "tokens", arch.vocab_size])
     writer.save()

@@ -18,7 +18,7 @@ from ..quant.opsc import Precision
 from ..runtime.bundle import FileEntry, KVSpec, Manifest, Segment
 from ..runtime.draft_bundle import DRAFT_FOLDER, DRAFT_RECORD, DRAFT_SCHEMA, VOCABULARY, DraftRecord
 from ..runtime.exits import ExitCurve
-from .decoder import SegmentBuilder, block_names, build_block, build_head
+from .decoder import SegmentBuilder, build_block, build_head
 from .draft_costs import BLOCK_SIZE, MAP, OTHERS
 from .families.common import LayerTensors
 from .graph import GraphWriter
@@ -91,11 +91,11 @@ def _write(
         lambda name: of_map if name == "map" else others,
     )
     layer = GraphWriter(folder, "layer")
-    block = SegmentBuilder(layer, arch, stored, ["map", *block_names(range(1))])
+    block = SegmentBuilder(layer, arch, stored)
     kv = KVSpec(32, arch.kv_heads, arch.head_dim)
     build_block(block, {0: _TENSORS}, manifest.max_length, kv, {}, input_map="map")
     head = GraphWriter(folder, "head")
-    vocabulary_builder = SegmentBuilder(head, arch, stored, ["head"])
+    vocabulary_builder = SegmentBuilder(head, arch, stored)
     build_head(vocabulary_builder, "final_norm", "head")
     vocabulary.astype("<u4").tofile(folder / VOCABULARY)
 

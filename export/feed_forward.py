@@ -76,7 +76,7 @@ class SkippableNetworks:
             margin = writer.node("Where", [left, writer.constant("short", np.array(-1, np.float32)), margin])
         zero = writer.constant("no_margin", np.array(0, np.float32))
         self._leaves = writer.node("GreaterOrEqual", [margin, zero], output=f"layers.{layer}.leaves")
-        self._runs = writer.node("Less", [writer.node("ReduceMin", [self._builder.own_rows(margin)], keepdims=0), zero])
+        self._runs = writer.node("Less", [writer.node("ReduceMin", [margin], keepdims=0), zero])
 
     def branch(self, layer: int, hidden: str, network: Callable[[], str]) -> str:
         """Append a layer's network, conditionally if it may be left out.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..quant.kv import KVScales
 from ..quant.opsc import Recipe
 from ..runtime.bundle import Architecture, Half, KVSpec, Segment, TensorRecord
-from .decoder import RAGGED, SegmentBuilder, block_names, build_block, build_head
+from .decoder import RAGGED, SegmentBuilder, build_block, build_head
 from .families.common import EMBEDDING, FINAL_NORM, HEAD
 from .feed_forward import skippable_layers
 from .graph import ALIGNMENT, GraphWriter
@@ -75,7 +75,7 @@ class SegmentWriter:
         name = f"block-{layers.start:02d}-{layers.stop - 1:02d}"
         writer = GraphWriter(self.root / half, name)
         ragged = half == "server"  # where sessions of many devices meet
-        builder = SegmentBuilder(writer, self.arch, self.weights, block_names(layers), ragged=ragged)
+        builder = SegmentBuilder(writer, self.arch, self.weights, ragged=ragged)
         names = {layer: self.family.tensors(self.arch, layer) for layer in layers}
         kv = KVSpec(self.recipe.kv_bits(layers.start), self.arch.kv_heads, self.arch.head_dim)
         skippable = skippable_layers(layers, self.arch.layers) if self.ffn_skip else range(0)
@@ -95,7 +95,7 @@ class SegmentWriter:
     def _head(self) -> Segment:
         half: Half = "device" if self.recipe.split == self.recipe.layers else "server"
         writer = GraphWriter(self.root / half, "head")
-        builder = SegmentBuilder(writer, self.arch, self.weights, ["head"])
+        builder = SegmentBuilder(writer, self.arch, self.weights)
         build_head(builder, FINAL_NORM, EMBEDDING if self.arch.tied_embeddings else HEAD)
         offsets = {
             f"{part}_offset": writer.offsets.get(f"head.{part}", 0) for part in ("codes", "scales", "zero_points")

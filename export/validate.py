@@ -17,12 +17,13 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ..devices.backend import Graph, default_threads
+from ..devices.row_rule import RowRule, filled_up, row_rule
 from ..errors import ExportError
 from ..quant.kv import KVScales
 from ..quant.opsc import Recipe
-from ..runtime.bundle import FFN_ALL, FFN_SIMILARITY, Architecture, Half, KVSpec, Segment
+from ..runtime.bundle import FFN_ALL, FFN_NONE, FFN_SIMILARITY, Architecture, Half, KVSpec, Segment, precisions
 from .checkpoint import Checkpoint, open_checkpoint
-from .decoder import SegmentBuilder, block_names, build_block, build_head
+from .decoder import SegmentBuilder, build_block, build_head
 from .families import family_of
 from .families.common import EMBEDDING, FINAL_NORM, HEAD
 from .graph import GraphWriter
@@ -86,7 +87,7 @@ class FloatModel:
         """
         kv = KVSpec(self.kv_bits, self.arch.kv_heads, self.arch.head_dim)
         span = range(index, index + 1)
-        with self._builder(block_names(span)) as builder:
+        with self._builder() as builder:
             names = {index: self.family.tensors(self.arch, index)}
             build_block(builder, names, max(map(len, texts)), kv, self.kv_scales)
             graph = Graph(builder.writer.graph_path, self.threads)
@@ -105,15 +106,15 @@ class FloatModel:
     @contextmanager
     def head(self) -> Iterator[Callable[[Hidden], Hidden]]:
         """The head, opened: hidden states ``[tokens, d_model]`` to logits ``[tokens, vocab_size]``."""
-        with self._builder(["head"]) as builder:
+        with self._builder() as builder:
             build_head(builder, FINAL_NORM, EMBEDDING if self.arch.tied_embeddings else HEAD)
             yield partial(run_head, Graph(builder.writer.graph_path, self.threads))
 
     @contextmanager
-    def _builder(self, names: Sequence[str]) -> Iterator[SegmentBuilder]:
+    def _builder(self) -> Iterator[SegmentBuilder]:
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             writer = GraphWriter(Path(folder), "reference")
-            yield SegmentBuilder(writer, self.arch, self.weights or Weights.floats(self.checkpoint), names)
+            yield SegmentBuilder(writer, self.arch, self.weights or Weights.floats(self.checkpoint))
 
 
 def float_logits(model: str | Path, ids: Sequence[int]) -> Hidden:
@@ -185,8 +186,9 @@ class Validator:
             graph = Graph(self.root / segment.half / segment.graph_file, default_threads())
             span = range(segment.first_layer, segment.last_layer)
             kv = self._kv(segment.half)
+            rule = row_rule(precisions([segment]))
             for similarity in (FFN_ALL, FFN_PROBE)[: 1 + segment.skips_ffn]:
-                run = partial(run_block, graph, span, kv, ffn_similarity=similarity)
+                run = partial(run_block, graph, span, kv, rule=rule, ffn_similarity=similarity)
                 exact.append(_chunking_exact(run, reference))
             influence.pass_block(
                 segment.name, partial(run_block, graph, span, kv), chained, inner=segment not in (blocks[0], blocks[-1])
@@ -199,7 +201,7 @@ class Validator:
         progress("validating head", arch.layers, steps)
         head = next(segment for segment in segments if segment.kind == "head")
         graph = Graph(self.root / head.half / head.graph_file, default_threads())
-        exact.append(_chunking_exact(partial(run_head_in_chunks, graph), reference))
+        exact.append(_chunking_exact(partial(run_head_in_chunks, graph, row_rule(precisions([head]))), reference))
         totals, outside = _Totals(ids), _Totals(ids)
         drifts = []
         for rows, expected in self.reference.logits(reference):
@@ -348,10 +350,21 @@ def run_block(
     hidden: Hidden,
     chunks: Sequence[int] | None = None,
     *,
+    rule: RowRule = RowRule.EVEN,
     ffn_similarity: float = FFN_ALL,
 ) -> Hidden:
-    """Run a block over a text ``[tokens, d_model]`` from an empty cache, at once or in chunks."""
-    return run_block_and_cache(graph, layers, kv, hidden, chunks, ffn_similarity=ffn_similarity)[0]
+    """Run a block over a text ``[tokens, d_model]`` from an empty cache, at once or in chunks.
+
+    Args:
+        graph: of the block.
+        layers: in it.
+        kv: layout of its cache.
+        hidden: the text's hidden states.
+        chunks: tokens in each.
+        rule: rows that the graph is run with.
+        ffn_similarity: at which a network is left out, if the graph can do that.
+    """
+    return run_block_and_cache(graph, layers, kv, hidden, chunks, rule=rule, ffn_similarity=ffn_similarity)[0]
 
 
 def run_block_and_cache(
@@ -361,6 +374,7 @@ def run_block_and_cache(
     hidden: Hidden,
     chunks: Sequence[int] | None = None,
     *,
+    rule: RowRule = RowRule.EVEN,
     ffn_similarity: float = FFN_ALL,
 ) -> tuple[Hidden, dict[str, NDArray[Any]]]:
     """Do what `run_block` does.
@@ -376,24 +390,27 @@ def run_block_and_cache(
     last = 0
     for tokens in chunks or [len(hidden)]:
         first, last = last, last + tokens
+        rows = filled_up(hidden[first:last], rule)
+        end = first + rows.shape[1]
         inputs = {f"past_{name}": array for name, array in cache.items()} | {
-            "hidden": np.ascontiguousarray(hidden[None, first:last]),
-            "seqlens_k": np.array([last], np.int32),
-            "total_sequence_length": np.array(last + 1, np.int32),
+            "hidden": rows,
+            "seqlens_k": np.array([end], np.int32),
+            "total_sequence_length": np.array(end + 1, np.int32),
         }
         if skips:
-            inputs[FFN_SIMILARITY] = np.full((1, tokens, 1), ffn_similarity, np.float32)
+            thresholds = inputs[FFN_SIMILARITY] = np.full((*rows.shape[:2], 1), FFN_NONE, np.float32)
+            thresholds[:, :tokens] = ffn_similarity
         part, *arrays = graph.session.run(outputs, inputs)
-        parts.append(part[0])
+        parts.append(part[0, :tokens])
         cache = dict(zip(names, arrays, strict=True))
     return np.concatenate(parts), cache
 
 
-def run_head(graph: Graph, hidden: Hidden) -> Hidden:
+def run_head(graph: Graph, hidden: Hidden, rule: RowRule = RowRule.EVEN) -> Hidden:
     """Logits ``[tokens, vocab_size]`` of hidden states ``[tokens, d_model]``."""
-    return graph.run({"hidden": np.ascontiguousarray(hidden[None])}, "logits")[0]
+    return graph.run({"hidden": filled_up(hidden, rule)}, "logits")[0, : len(hidden)]
 
 
-def run_head_in_chunks(graph: Graph, hidden: Hidden, chunks: Sequence[int]) -> Hidden:
+def run_head_in_chunks(graph: Graph, rule: RowRule, hidden: Hidden, chunks: Sequence[int]) -> Hidden:
     """Logits like `run_head`'s, computed chunk by chunk."""
-    return np.concatenate([run_head(graph, rows) for rows in np.split(hidden, np.cumsum(chunks)[:-1])])
+    return np.concatenate([run_head(graph, rows, rule) for rows in np.split(hidden, np.cumsum(chunks)[:-1])])

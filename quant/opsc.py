@@ -20,11 +20,6 @@ WEIGHT_BITS = (*PACKED_BITS, 16, 32)
 # computes in float, a hundred times slower.
 BLOCK_SIZES = {2: (32, 64, 128), 4: (16, 32, 64, 128), 8: (16, 32, 64, 128)}
 
-# At these (bits, block size) it computes rows in pairs, and the odd one by another path. A graph that gives it an even
-# number of rows keeps every row's bits; at the others a row has the same bits whatever rows lie beside it.
-PAIRED_ROWS = frozenset({(4, 64), (4, 128), (8, 128)})
-
-
 # How codes are found for the layers' weights, by the name of the recipe; embedding and head, of which a token needs
 # few rows and all at once, are always rounded on their own.
 RECIPES = {"rtn": "rtn", "mse": "mse", "hqq": "hqq", "gptq": "gptq", "mixed": "gptq", "auto": "gptq"}
@@ -51,11 +46,6 @@ class Precision:
     def packed(self) -> bool:
         """Whether the weight goes through ``MatMulNBits``."""
         return self.bits in PACKED_BITS
-
-    @property
-    def paired(self) -> bool:
-        """Whether the product needs an even number of rows, see `PAIRED_ROWS`."""
-        return (self.bits, self.block_size) in PAIRED_ROWS
 
     def bytes_for(self, rows: int, columns: int) -> int:
         """Bytes of a weight ``[rows, columns]``, scales and zero points included."""

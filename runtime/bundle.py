@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +22,14 @@ from ..quant.kv import KV_BITS
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST_NAME = "manifest.json"
 INSTALLED = "installed"  # folder in a half: the graphs with packed weights, see `isthmus.runtime.install`
 INSTALL_RECORD = "install.json"
 FFN_SIMILARITY = "ffn_similarity"  # a block's input, where rows may leave feed-forward networks out
 FFN_ALL = 2.0  # a value of it that no cosine reaches: all run
+FFN_NONE = -2.0  # one that all reach: none runs but the first
+SPARE_ROWS = 2  # positions of a KV cache behind the last: the graphs' dummy row, and a filled-up one (`RowRule`)
 
 Half = Literal["device", "server"]
 SegmentKind = Literal["embed", "block", "head"]
@@ -116,19 +119,24 @@ class Segment:
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
 
 
+def precisions(segments: Iterable[Segment]) -> frozenset[tuple[int, int]]:
+    """The ``(bits, block_size)`` of all weights in some segments."""
+    return frozenset((tensor.bits, tensor.block_size) for segment in segments for tensor in segment.tensors.values())
+
+
 @dataclass(frozen=True)
 class KVSpec:
     """Layout of one half's KV cache: `shape` of `dtype` for each layer's keys and for its values.
 
     Attributes:
         bits: 32 (float32), 8 (int8 codes) or 4 (codes two a byte); the scales lie in the graphs.
-        spare_rows: rows beyond the capacity, for the graph's dummy row.
+        spare_rows: rows beyond the capacity, see `SPARE_ROWS`.
     """
 
     bits: int
     kv_heads: int
     head_dim: int
-    spare_rows: int = 1
+    spare_rows: int = SPARE_ROWS
 
     def __post_init__(self) -> None:
         if self.bits not in KV_BITS:

@@ -15,8 +15,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..devices.backend import Graph, require_onnxruntime
+from ..devices.row_rule import row_rule
 from ..errors import BundleError, RequestError
-from .bundle import FFN_SIMILARITY, Bundle
+from .bundle import FFN_NONE, FFN_SIMILARITY, Bundle, precisions
 from .pool import KVPool
 from .segments import KVCache
 from .skipping import NO_BYPASS, Bypass, running_blocks, stretches
@@ -71,7 +72,7 @@ class _Lane:
         }
 
     def arrange(self, slots: list[int], counts: list[int]) -> None:
-        """Write which rows belong to which slot; each sequence has a dummy row."""
+        """Write which rows belong to which slot; each sequence has a dummy row. Rows beyond take what lies anywhere."""
         self.query_seqlens[:] = 0
         self.packed_rows[:] = 0
         queries, end = self.packed_rows.shape[1], 0
@@ -106,6 +107,7 @@ class RaggedStack:
         layers = range(segments[0].first_layer, segments[-1].last_layer)
         self.pool = KVPool(layers, bundle.kv, capacity, slots)
         self._blocks = [(segment, Graph(bundle.path(segment.ragged_graph_file), threads)) for segment in segments]
+        self._rows = row_rule(precisions(segments))
         self._starts = [segment.first_layer for segment in segments]
         self._all_blocks = tuple(range(len(segments)))
         self._lanes: OrderedDict[_Shape, _Lane] = OrderedDict()
@@ -186,7 +188,8 @@ class RaggedStack:
         counts = [len(hidden) for _, hidden in parts]
         ends = list(accumulate(counts))
         first, last = min(slots), max(slots) + 1
-        lane = self._lane((first, last, ends[-1], max(counts) + 1, blocks))
+        rows = self._rows.fill(ends[-1])
+        lane = self._lane((first, last, rows, max(counts) + 1, blocks))
         if lane.layout != (slots, counts):
             lane.arrange(slots, counts)
         # A sequence that rests keeps what it has.
@@ -196,6 +199,10 @@ class RaggedStack:
             seqlens[slot - first] = cache.length + count
             if lane.ffn_similarity is not None:
                 lane.ffn_similarity[0, end - count : end, 0] = cache.bypass.ffn_thresholds(cache.length, count)
+        if rows > ends[-1]:
+            lane.hidden[0][0, ends[-1] :] = 0
+            if lane.ffn_similarity is not None:
+                lane.ffn_similarity[0, ends[-1] :] = FFN_NONE
         lane.seqlens_k[:] = seqlens
         lane.total_sequence_length[...] = max(seqlens) + 1
         started = perf_counter()

@@ -17,10 +17,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..devices.backend import Graph, require_onnxruntime
+from ..devices.row_rule import filled_up, row_rule
 from ..errors import RequestError
 from ..quant.nbits import PACKED_BITS, PackedWeight, dequantize
 from ..quant.stored_rows import StoredRows
-from .bundle import FFN_SIMILARITY, Bundle, KVSpec
+from .bundle import FFN_NONE, FFN_SIMILARITY, Bundle, KVSpec, precisions
 from .skipping import NO_BYPASS, Bypass, running_blocks, stretches
 
 SIDES = ("key", "value")
@@ -167,7 +168,8 @@ class KVCache:
 class _Lane:
     """Buffers and bindings for one chunk length and the blocks that it runs through.
 
-    A binding does not keep its memory alive: every buffer that one names must be held here.
+    Buffers may have a row more than the chunk (`RowRule`), which is filled in and never read. A binding does not keep
+    its memory alive: every buffer that one names must be held here.
     """
 
     buffers: list[NDArray[np.float32]]
@@ -176,7 +178,7 @@ class _Lane:
 
     @property
     def hidden_in(self) -> NDArray[np.float32]:
-        """What the first block reads, ``[1, tokens, d_model]``."""
+        """What the first block reads, ``[1, rows, d_model]``."""
         return self.buffers[0]
 
     @property
@@ -189,6 +191,7 @@ class LayerStack:
     """The blocks of one bundle half, opened once and shared by its sessions.
 
     Attributes:
+        rows: how many the blocks must be run with.
         onnxruntime_seconds: time spent in onnxruntime so far, by all sessions.
     """
 
@@ -200,6 +203,7 @@ class LayerStack:
         segments = [segment for segment, _ in self.blocks]
         self.starts = [segment.first_layer for segment in segments]
         self.layers = range(segments[0].first_layer, segments[-1].last_layer) if segments else range(0)
+        self.rows = row_rule(precisions(segments))
         self.onnxruntime_seconds = 0.0
 
     def session(self, capacity: int, bypass: Bypass = NO_BYPASS) -> StackSession:
@@ -259,19 +263,22 @@ class StackSession:
         """Run rows that go through the same blocks."""
         cache, tokens = self.cache, len(hidden)
         lane = self._lane(tokens, running_blocks(cache.bypass, self._stack.starts, cache.length))
-        lane.hidden_in[0] = hidden
+        rows = lane.hidden_in.shape[1]
+        lane.hidden_in[0, :tokens] = hidden
+        if rows > tokens:
+            lane.hidden_in[0, tokens:] = 0
         if lane.ffn_similarity is not None:
-            lane.ffn_similarity[0, :, 0] = cache.bypass.ffn_thresholds(cache.length, tokens)
-        # Both count the graph's dummy row: one more than the valid positions.
-        self._seqlens[0] = cache.length + tokens
-        self._total[...] = cache.length + tokens + 1
+            lane.ffn_similarity[0, :tokens, 0] = cache.bypass.ffn_thresholds(cache.length, tokens)
+        # Both count the graph's dummy row.
+        self._seqlens[0] = cache.length + rows
+        self._total[...] = cache.length + rows + 1
         if lane.runs:  # a stack without layers spends nothing, not next to nothing
             started = perf_counter()
             for graph, binding in lane.runs:
                 graph.run_bound(binding)
             self._stack.onnxruntime_seconds += perf_counter() - started
         cache.length += tokens
-        return lane.hidden_out[0]
+        return lane.hidden_out[0, :tokens]
 
     def append(self, rows: NDArray[Any]) -> None:
         """Append keys and values, see `KVCache.append`."""
@@ -292,10 +299,10 @@ class StackSession:
         return lane
 
     def _bind(self, tokens: int, blocks: tuple[int, ...]) -> _Lane:
-        shape = (1, tokens, self._stack.manifest.architecture.d_model)
+        shape = (1, self._stack.rows.fill(tokens), self._stack.manifest.architecture.d_model)
         buffers = [np.zeros(shape, np.float32) for _ in range(2)]
         values = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in buffers]
-        similarity = np.zeros((1, tokens, 1), np.float32) if self._stack.manifest.skips_ffn else None
+        similarity = np.full((*shape[:2], 1), FFN_NONE, np.float32) if self._stack.manifest.skips_ffn else None
         runs = []
         for index, (segment, graph) in enumerate(self._stack.blocks[block] for block in blocks):
             binding = graph.binding()
@@ -323,10 +330,13 @@ class Head:
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         arch = bundle.manifest.architecture
-        self._graph = Graph(bundle.graph_path(bundle.segments("head")[0]), threads)
+        segment = bundle.segments("head")[0]
+        self._graph = Graph(bundle.graph_path(segment), threads)
+        self._rows = row_rule(precisions([segment]))
         self.onnxruntime_seconds = 0.0
-        self._hidden = np.zeros((1, 1, arch.d_model), np.float32)
-        self._logits = np.zeros((1, 1, arch.vocab_size), np.float32)
+        rows = self._rows.fill(1)
+        self._hidden = np.zeros((1, rows, arch.d_model), np.float32)
+        self._logits = np.zeros((1, rows, arch.vocab_size), np.float32)
         self._binding = self._graph.binding()
         self._binding.bind_ortvalue_input("hidden", ort.OrtValue.ortvalue_from_numpy(self._hidden))
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
@@ -341,4 +351,4 @@ class Head:
 
     def logits_many(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits ``[tokens, vocab_size]`` of hidden states ``[tokens, d_model]``, for scoring text."""
-        return self._graph.run({"hidden": np.ascontiguousarray(hidden[None])}, "logits")[0]
+        return self._graph.run({"hidden": filled_up(hidden, self._rows)}, "logits")[0, : len(hidden)]

@@ -136,10 +136,10 @@ def test_a_manifest_that_is_no_json_is_refused(split_bundle: Path, text: bytes) 
         open_bundle(split_bundle, "device")
 
 
-@pytest.mark.parametrize("schema", [0, 1, 3, "2", None])
+@pytest.mark.parametrize("schema", [0, 2, 4, "3", None])
 def test_another_schema_is_refused(split_bundle: Path, schema: Any) -> None:
     edit_manifest(split_bundle / "device", lambda data: data.update(schema=schema))
-    with pytest.raises(BundleError, match=rf"schema {schema!r} where this version reads 2; export the bundle again"):
+    with pytest.raises(BundleError, match=rf"schema {schema!r} where this version reads 3; export the bundle again"):
         open_bundle(split_bundle, "device")
 
 
@@ -154,7 +154,7 @@ def test_json_that_is_no_manifest_is_refused(split_bundle: Path, text: bytes) ->
 @pytest.mark.parametrize("value", [None, 5, [3], "text"])
 def test_fields_of_the_wrong_kind_are_refused(split_bundle: Path, key: str, value: Any) -> None:
     edit_manifest(split_bundle / "device", lambda data: data.update({key: value}))
-    with pytest.raises(BundleError, match="not a manifest of schema 2"):
+    with pytest.raises(BundleError, match="not a manifest of schema 3"):
         open_bundle(split_bundle, "device")
 
 

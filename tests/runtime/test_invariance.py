@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.quant.opsc import BLOCK_SIZES, PAIRED_ROWS, WEIGHT_BITS
+from isthmus.quant.opsc import BLOCK_SIZES, WEIGHT_BITS
 from isthmus.runtime.back import BackEngine
 from isthmus.runtime.edge.model import EdgeModel
 from isthmus.runtime.sampling import Sampling
@@ -98,8 +98,11 @@ def test_every_block_size_that_is_offered_keeps_the_bits(
         assert_same_bits(model.run(TEXT, chunks), whole)
 
 
-@pytest.mark.parametrize(("bits", "block_size"), sorted(PAIRED_ROWS))
-def test_rows_computed_in_pairs_keep_their_bits_with_any_threads_split_and_rollback(
+FILLED_UP = [(2, 64), (4, 32), (4, 64), (4, 128), (8, 128)]  # where some x86 kernels compute odd rows another way
+
+
+@pytest.mark.parametrize(("bits", "block_size"), FILLED_UP)
+def test_rows_that_may_need_filling_up_keep_their_bits_with_any_threads_split_and_rollback(
     tiny: Any, local_model: Callable[..., Any], bits: int, block_size: int
 ) -> None:
     folder = tiny.bundle("llama-wide", bits=bits, block_size=block_size)

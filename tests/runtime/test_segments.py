@@ -74,19 +74,19 @@ def test_an_id_outside_the_vocabulary_is_refused(tiny: Any, token: int) -> None:
 
 
 @pytest.mark.parametrize("bits", KV_BITS)
-def test_a_cache_is_as_large_as_it_says_and_keeps_a_spare_row(bits: int) -> None:
+def test_a_cache_is_as_large_as_it_says_and_keeps_spare_rows(bits: int) -> None:
     spec = KVSpec(bits, kv_heads=2, head_dim=16)
     cache = KVCache(range(3, 6), spec, capacity=10)
     taken = sum(value.tensor_size_in_bytes() for value in cache.values.values())
-    assert taken == spec.cache_bytes(3, 10) == 2 * 3 * 2 * 11 * 16 * bits // 8
-    assert spec.token_bytes(3) == taken // 11
+    assert taken == spec.cache_bytes(3, 10) == 2 * 3 * 2 * 12 * 16 * bits // 8
+    assert spec.token_bytes(3) == taken // 12
     assert {layer for _, layer in cache.values} == {3, 4, 5}
 
 
 def test_each_half_counts_the_bytes_of_its_own_cache(tiny: Any, local_model: Models) -> None:
     folder = tiny.bundle(split=1, front_kv_bits=4, back_kv_bits=8)
     front, back = local_model(folder).stacks
-    assert [front.kv_bytes(10), back.kv_bytes(10)] == [1 * 2 * 2 * 11 * 8, 3 * 2 * 2 * 11 * 16]
+    assert [front.kv_bytes(10), back.kv_bytes(10)] == [1 * 2 * 2 * 12 * 8, 3 * 2 * 2 * 12 * 16]
     assert BackEngine.open(folder / "server").kv_bytes(10) == back.kv_bytes(10)
     for stack in (front, back):
         values = stack.session(10).cache.values.values()

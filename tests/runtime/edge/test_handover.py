@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 from isthmus.errors import BundleError, LinkError, ProtocolError, RequestError, SecurityError
 from isthmus.quant.codec import Raw32
 from isthmus.runtime.back import BackSession
-from isthmus.runtime.bundle import open_bundle
+from isthmus.runtime.bundle import MANIFEST_NAME, open_bundle
 from isthmus.runtime.edge import server_watch
 from isthmus.runtime.edge.handover import HandOver
 from isthmus.runtime.edge.link import RemoteBack
@@ -31,9 +32,17 @@ SAMPLED = Sampling(temperature=1.2, top_p=0.95, repetition_penalty=1.3, seed=11)
 SAMPLINGS = [Sampling(), SAMPLED]
 
 
+def endless(bundle: Path, target: Path) -> Path:
+    """A copy of a bundle whose texts have no end token, which a random model may choose anywhere."""
+    copy = shutil.copytree(bundle, target / "bundle")
+    for manifest in copy.glob(f"*/{MANIFEST_NAME}"):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"end_tokens": []}))
+    return copy
+
+
 @pytest.fixture(scope="module")
-def folder(tiny: Any) -> Path:
-    return tiny.bundle(split=1, device_layers="all")
+def folder(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return endless(tiny.bundle(split=1, device_layers="all"), tmp_path_factory.mktemp("split"))
 
 
 @pytest.fixture
@@ -56,9 +65,9 @@ def sources(result: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny: Any) -> Callable[..., list[int]]:
+def undisturbed(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[int]]:
     """Tokens of the same weights wholly on the device, exported without a split."""
-    model = EdgeModel(tiny.bundle() / "device", threads=2)
+    model = EdgeModel(endless(tiny.bundle(), tmp_path_factory.mktemp("whole")) / "device", threads=2)
     return lambda sampling: run(model, sampling).token_ids
 
 
