@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from ..quant.klt import FINENESS_BITS, GAIN_BITS, ORDINARY_FINENESS, KLTLevel, KLTTables, relative_steps
 from ..quant.trellis import MAX_VALUE, Floats, TrellisTables, contexts_of
 from .progress import Progress
-from .token_importance import fit_importance
+from .token_importance import fit_importance, without_trend
 
-BITS = (3.05, 2.4, 1.85, 1.47, 1.2, 0.95, 0.76)  # per element of the hidden state, by level
+BITS = (3.05, 2.3, 1.76, 1.44, 1.16, 0.95, 0.76)  # per element of the hidden state, by level
 _DAMPING = 0.05  # of the mean sensitivity
 # Quarter octaves of a step for a neper of importance: half of what importances that were known would ask for. On text
 # unlike the calibration's, and at coarse steps, where harm no longer grows as the square, that is the better trade.
@@ -83,8 +83,9 @@ def fit_klt(states: CalibrationStates, progress: Progress) -> KLTTables:
 
     graded = np.concatenate([text[1:] for text in states.hidden[::GRADIENT_SHARE]])
     usual = np.linalg.norm(graded, axis=1) < massive
+    positions = np.concatenate([np.arange(1, len(text)) for text in states.gradients])[usual]
     importances = np.square(gradients[usual] @ inverse.T).sum(axis=1, dtype=np.float64)
-    slopes = fit_importance(graded[usual], importances)
+    slopes = fit_importance(graded[usual], without_trend(importances, positions))
     importance = (slopes * _QUARTER_OCTAVES).astype(np.float32)
     importance_bias = ORDINARY_FINENESS - float(np.median(hidden @ importance))
 

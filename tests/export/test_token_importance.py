@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from isthmus.export.token_importance import fit_importance
+from isthmus.export.token_importance import fit_importance, without_trend
 
 
 def test_slopes_are_found_under_the_noise_of_single_draws() -> None:
@@ -27,3 +27,22 @@ def test_channels_that_do_not_vary_and_losses_without_a_gradient_do_no_harm() ->
     hidden[:, 1:] = np.random.default_rng(2).standard_normal((300, 3))
     assert np.isfinite(fit_importance(hidden, np.exp(hidden[:, 1].astype(np.float64)))).all()
     np.testing.assert_allclose(fit_importance(hidden, np.zeros(300)), np.zeros(4), atol=1e-9)
+
+
+def test_positions_at_which_all_count_for_more_are_no_reason() -> None:
+    rng = np.random.default_rng(3)
+    positions = np.tile(np.arange(1, 201), 100)
+    own = rng.exponential(size=len(positions))
+    trend = 1 + 30 / positions
+    even = without_trend(own * trend, positions)
+    assert abs(even[positions < 8].mean() - even[positions >= 128].mean()) < 0.1
+    one_octave = positions >= 128
+    np.testing.assert_allclose(
+        even[one_octave] / even[one_octave].mean(), (own * trend)[one_octave] / (own * trend)[one_octave].mean()
+    )
+
+
+def test_a_position_where_nothing_counts_is_left_at_that() -> None:
+    positions = np.arange(1, 101)
+    importances = np.where(positions < 8, 0.0, 2.0)
+    np.testing.assert_allclose(without_trend(importances, positions), np.where(positions < 8, 0.0, 1.0))
