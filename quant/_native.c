@@ -17,8 +17,10 @@
 #endif
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
 #define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
+#define WIDE __builtin_cpu_supports("avx512f") /* registers of 64 bytes */
 #else
 #define VECTORIZED
+#define WIDE 0
 #endif
 
 typedef float Four __attribute__((vector_size(16)));
@@ -26,6 +28,7 @@ typedef float Eight __attribute__((vector_size(32)));
 typedef int32_t EightBits __attribute__((vector_size(32)));
 typedef float Sixteen __attribute__((vector_size(64)));
 typedef int32_t SixteenBits __attribute__((vector_size(64)));
+typedef int16_t EightShort __attribute__((vector_size(16)));
 typedef int16_t SixteenShort __attribute__((vector_size(32)));
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -552,6 +555,24 @@ static inline __attribute__((always_inline)) void weigh(const float *inputs, con
         const Py_ssize_t at[4] = {i * stride, (i + (parts > 1)) * stride, (i + 2 * (parts > 2)) * stride,
                                   (i + 3 * (parts > 3)) * stride};
         Py_ssize_t j = 0;
+        /* Integers by 16 would pass through general registers where vectors have 32 bytes. */
+        for (; scales && !WIDE && j + 8 <= width; j += 8) {
+            Eight m[4];
+            for (int part = 0; part < 4; part++) {
+                EightShort read;
+                memcpy(&read, integers + at[part] + j, sizeof read);
+                m[part] = __builtin_convertvector(__builtin_convertvector(read, EightBits), Eight);
+                if (i + AHEAD + 4 <= inner)
+                    __builtin_prefetch(integers + at[part] + AHEAD * stride + j, 0, 2);
+            }
+            for (Py_ssize_t row = 0; row < rows; row++) {
+                float *output = outputs + row * width + j;
+                Eight sum;
+                memcpy(&sum, output, sizeof sum);
+                sum += (by[row][0] * m[0] + by[row][1] * m[1]) + (by[row][2] * m[2] + by[row][3] * m[3]);
+                memcpy(output, &sum, sizeof sum);
+            }
+        }
         for (; j + 16 <= width; j += 16) {
             Sixteen m[4];
             for (int part = 0; part < 4; part++)
