@@ -537,6 +537,16 @@ static PyObject *gains(PyObject *module, PyObject *args) {
     return result;
 }
 
+/* In `weigh`: four rows of the matrix, at columns j and on as many as the type of m holds, into every row of outputs. */
+#define ADD_PRODUCTS                                                                                                   \
+    for (Py_ssize_t row = 0; row < rows; row++) {                                                                      \
+        float *output = outputs + row * width + j;                                                                     \
+        __typeof__(m[0]) sum;                                                                                          \
+        memcpy(&sum, output, sizeof sum);                                                                              \
+        sum += (by[row][0] * m[0] + by[row][1] * m[1]) + (by[row][2] * m[2] + by[row][3] * m[3]);                      \
+        memcpy(output, &sum, sizeof sum);                                                                              \
+    }
+
 /* outputs += inputs @ matrix for at most ROWS_AT_ONCE rows, so that the matrix passes the caches once for all of them;
    always in the same order, so that a row's bits never depend on its neighbours (BLAS gives no such promise). The
    matrix is of floats or, where its rows have scales, of 16-bit integers: half the bytes to read. */
@@ -565,13 +575,7 @@ static inline __attribute__((always_inline)) void weigh(const float *inputs, con
                 if (i + AHEAD + 4 <= inner)
                     __builtin_prefetch(integers + at[part] + AHEAD * stride + j, 0, 2);
             }
-            for (Py_ssize_t row = 0; row < rows; row++) {
-                float *output = outputs + row * width + j;
-                Eight sum;
-                memcpy(&sum, output, sizeof sum);
-                sum += (by[row][0] * m[0] + by[row][1] * m[1]) + (by[row][2] * m[2] + by[row][3] * m[3]);
-                memcpy(output, &sum, sizeof sum);
-            }
+            ADD_PRODUCTS
         }
         for (; j + 16 <= width; j += 16) {
             Sixteen m[4];
@@ -584,21 +588,13 @@ static inline __attribute__((always_inline)) void weigh(const float *inputs, con
                         __builtin_prefetch(integers + at[part] + AHEAD * stride + j, 0, 2);
                 } else
                     memcpy(&m[part], floats + at[part] + j, sizeof m[part]);
-            for (Py_ssize_t row = 0; row < rows; row++) {
-                float *output = outputs + row * width + j;
-                Sixteen sum;
-                memcpy(&sum, output, sizeof sum);
-                sum += (by[row][0] * m[0] + by[row][1] * m[1]) + (by[row][2] * m[2] + by[row][3] * m[3]);
-                memcpy(output, &sum, sizeof sum);
-            }
+            ADD_PRODUCTS
         }
         for (; j < width; j++) {
             float m[4];
             for (int part = 0; part < 4; part++)
                 m[part] = scales ? (float)integers[at[part] + j] : floats[at[part] + j];
-            for (Py_ssize_t row = 0; row < rows; row++)
-                outputs[row * width + j] +=
-                    (by[row][0] * m[0] + by[row][1] * m[1]) + (by[row][2] * m[2] + by[row][3] * m[3]);
+            ADD_PRODUCTS
         }
     }
 }
